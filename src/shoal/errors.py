@@ -1,0 +1,104 @@
+"""Every error Shoal raises on purpose, as one tree.
+
+ShoalError
+├── UsageError (also ValueError)     the user can mend it: a name, a value, a combination
+│   ├── TargetError                  the job's name or its arguments
+│   ├── JobError                     what the job function returned, or did
+│   ├── PlanError                    plan.toml or a flag that changes it
+│   ├── ClusterError                 cluster.toml or --lab
+│   ├── RunError                     the run directory: exists, missing, not writable
+│   └── MissingExtra                 an optional dependency that is not installed
+├── MachineError                     this machine lacks a right, a device or space
+│   └── LabError                     the emulated cluster could not be made
+├── CheckpointError                  no checkpoint could be written or read
+├── NonFiniteLossError               training diverged
+├── WireError                        between processes
+│   ├── RendezvousError              a rank could not join
+│   ├── PlanMismatchError            a rank with another plan tried to join
+│   └── PeerLostError                a rank vanished while others talked to it
+└── WorkerFailedError                a launched process ended badly; carries its report
+
+A message says what was got, what was expected, where, and what to do about it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ShoalError(Exception):
+    """The root of the tree; `except ShoalError` catches all that Shoal raises on purpose."""
+
+
+class UsageError(ShoalError, ValueError):
+    """A mistake the user can mend."""
+
+
+class TargetError(UsageError):
+    """The job's name (`path.py:function`) or its `--set` arguments are wrong."""
+
+
+class JobError(UsageError):
+    """The job function returned something unusable, or one of its parts did."""
+
+
+class PlanError(UsageError):
+    """A plan, or a flag that changes it, is wrong."""
+
+
+class ClusterError(UsageError):
+    """A cluster description is wrong."""
+
+
+class RunError(UsageError):
+    """A run directory exists already, does not exist, or cannot be written."""
+
+
+class MissingExtra(UsageError):  # noqa: N818 - the name users search for
+    """An optional dependency is not installed."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(f"{purpose} needs {package}, which is not installed: pip install 'shoal[{extra}]'")
+
+
+class MachineError(ShoalError):
+    """This machine lacks a right, a device or space."""
+
+
+class LabError(MachineError):
+    """The emulated cluster could not be made."""
+
+
+class CheckpointError(ShoalError):
+    """No checkpoint could be written or read."""
+
+
+class NonFiniteLossError(ShoalError):
+    """The loss became NaN or infinite."""
+
+
+class WireError(ShoalError):
+    """Something went wrong between processes."""
+
+
+class RendezvousError(WireError):
+    """A rank could not join."""
+
+
+class PlanMismatchError(WireError):
+    """A rank with another plan, job or version tried to join."""
+
+
+class PeerLostError(WireError):
+    """A rank vanished while others waited for it."""
+
+
+class WorkerFailedError(ShoalError):
+    """A launched process ended badly. The message is the whole report for the user."""
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """Return ` (did you mean 'x'?)` for the valid name closest to `name`, or an empty string."""
+    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
+    return f" (did you mean '{close[0]}'?)" if close else ""

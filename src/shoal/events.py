@@ -1,0 +1,110 @@
+"""The event log: the one truth about a run, which every display reads.
+
+Each process appends JSON lines to a file of its own (`events/rank-0.jsonl`, `events/launcher.jsonl`), so no lock is
+needed and `kill -9` loses at most a line that was being written. Every event has `t` (Unix seconds), `source`
+(`rank-0`, `launcher`) and `kind`:
+
+| kind | written by | fields beside `t`, `source`, `kind` |
+|---|---|---|
+| run_started | every rank | plan_hash, job, arguments, world_size, node, device, num_parameters, torch, shoal, stop |
+| resumed | rank 0 | step, checkpoint |
+| step | every rank | step, epoch, loss (global mean), lr, samples (global), share (this rank's samples), step_s, data_s, |
+|  |  | compute_s (forward and backward), wait_s (for the exchange), optimizer_s, bytes_sent (by this rank, on the wire) |
+| validation | rank 0 | step, loss, metrics {name: value}, seconds, best (bool) |
+| checkpoint_saved | rank 0 | step, path (relative to the run), size_bytes, stall_s, write_s |
+| checkpoint_failed | rank 0 | step, message |
+| checkpoint_damaged | rank 0 | checkpoint, message |
+| warning | any | message |
+| sample | rank 0 | text (made by the job's `sample` function) |
+| error | any rank | step, error (class name), message, traceback, symptom (true: another rank's failure showed here) |
+| run_finished | every rank | reason, steps, samples, seconds, loss, val_loss, peak_memory_bytes, bytes_sent |
+| worker_exited | launcher | rank, pid, exit_code (negative: the signal's number) |
+
+A reader must ignore kinds and fields that it does not know.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self
+
+Event = dict[str, Any]
+
+
+class EventLog:
+    """Appends events to one file. Each line reaches the operating system before `write` returns."""
+
+    def __init__(self, path: Path, source: str) -> None:
+        self.path = path
+        self.source = source
+        _end_torn_line(path)
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+
+    def write(self, kind: str, **fields: Any) -> None:
+        """Append one event. Non-finite numbers are written as null, which JSON can carry."""
+        event = {"t": round(time.time(), 6), "source": self.source, "kind": kind}
+        event |= {name: _finite(value) for name, value in fields.items()}
+        self._file.write(json.dumps(event, separators=(",", ":")) + "\n")
+
+    def close(self) -> None:
+        """Close the file; the log must not be written to afterwards."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class EventReader:
+    """Follows every event file of a folder: each `poll` returns what is new since the last."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._offsets: dict[Path, int] = {}
+
+    def poll(self) -> list[Event]:
+        """Return the whole new lines of all files, ordered by time; a line still being written waits."""
+        events: list[Event] = []
+        for path in sorted(self._folder.glob("*.jsonl")):
+            with path.open("rb") as file:
+                file.seek(self._offsets.get(path, 0))
+                data = file.read()
+            end = data.rfind(b"\n") + 1
+            self._offsets[path] = self._offsets.get(path, 0) + end
+            events.extend(_parse(data[:end]))
+        return sorted(events, key=lambda event: float(event["t"]))
+
+
+def read_events(folder: Path) -> list[Event]:
+    """Return all events under `folder`, ordered by time; lines cut short by a crash are left out."""
+    return EventReader(folder).poll()
+
+
+def _parse(data: bytes) -> Iterator[Event]:
+    for line in data.splitlines():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue  # a line torn by kill -9; whatever follows it is whole
+        if isinstance(event, dict) and {"t", "source", "kind"} <= event.keys():
+            yield event
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _end_torn_line(path: Path) -> None:
+    """A process killed while writing leaves half a line: end it, so that the next event has a line of its own."""
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    with path.open("rb+") as file:
+        file.seek(-1, 2)
+        if file.read(1) != b"\n":
+            file.write(b"\n")
