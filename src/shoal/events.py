@@ -6,10 +6,12 @@ needed and `kill -9` loses at most a line that was being written. Every event ha
 
 | kind | written by | fields beside `t`, `source`, `kind` |
 |---|---|---|
-| run_started | every rank | plan_hash, job, arguments, world_size, node, device, num_parameters, torch, shoal, stop |
+| run_started | every rank | plan_hash, job, arguments, world_size, node, device, num_parameters, |
+|  |  | torch, shoal, stop |
 | resumed | rank 0 | step, checkpoint |
-| step | every rank | step, epoch, loss (global mean), lr, samples (global), share (this rank's samples), step_s, data_s, |
-|  |  | compute_s (forward and backward), wait_s (for the exchange), optimizer_s, bytes_sent (by this rank, on the wire) |
+| step | every rank | step, epoch, loss (global mean), lr, samples (global), share (this rank's samples), step_s, |
+|  |  | data_s, compute_s (forward and backward), wait_s (for the exchange), optimizer_s, |
+|  |  | bytes_sent (by this rank in this step, on the wire) |
 | validation | rank 0 | step, loss, metrics {name: value}, seconds, best (bool) |
 | checkpoint_saved | rank 0 | step, path (relative to the run), size_bytes, stall_s, write_s |
 | checkpoint_failed | rank 0 | step, message |

@@ -1,12 +1,12 @@
 """The run directory: what one training left behind, and where each thing lies.
 
-    runs/charlm-20260102-030405/
-        plan.toml        the resolved plan: everything that was decided, nothing left to defaults
-        run.json         job, arguments, plan hash, versions
-        events/          one JSON-lines file a process; see events.py
-        logs/            what each worker printed
-        checkpoints/     step-00000100/, ...; see engine/checkpoint
-        report.html      made by `shoal report`
+runs/charlm-20260102-030405/
+    plan.toml        the resolved plan: everything that was decided, nothing left to defaults
+    run.json         job, arguments, plan hash, versions
+    events/          one JSON-lines file a process; see events.py
+    logs/            what each worker printed
+    checkpoints/     step-00000100/, ...; see engine/checkpoint
+    report.html      made by `shoal report`
 """
 
 from __future__ import annotations

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import re
 import tomllib
 import types
 import typing
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +22,7 @@ import pydantic
 from shoal.errors import UsageError, nearest
 
 T = TypeVar("T")
+_TOML_NAMES: dict[type, str] = {bool: "boolean", str: "string", int: "integer", float: "number", list: "array"}
 STRICT = pydantic.ConfigDict(extra="forbid", strict=True)
 """Set as `__pydantic_config__` of each config dataclass: unknown keys and loose types are refused."""
 
@@ -51,7 +54,9 @@ def build(cls: type[T], values: dict[str, Any], *, text: str, origin: str, error
         error: the class to raise, once, for the first mistake.
     """
     try:
-        return _adapter(cls).validate_python(values)
+        # By way of JSON: there, strict checking takes an array for a tuple and a table for a dataclass.
+        document = json.dumps(values, default=str)
+        return typing.cast(T, _adapter(typing.cast(Hashable, cls)).validate_json(document))
     except pydantic.ValidationError as mistakes:
         mistake = mistakes.errors()[0]
         path = _keys(cls, mistake["loc"])
@@ -62,6 +67,8 @@ def build(cls: type[T], values: dict[str, Any], *, text: str, origin: str, error
 
 def line_of(text: str, path: list[str]) -> int:
     """Return the line (from 1) where the key at `path` stands in TOML `text`, its table's line if not, else 0."""
+    if path and path[-1].isdigit():
+        path = path[:-1]  # an item of an array stands on its key's line
     table, index = list(path[:-1]), ""
     if table and table[-1].isdigit():
         index = table.pop()
@@ -72,7 +79,7 @@ def line_of(text: str, path: list[str]) -> int:
         header = re.match(r"\s*(\[\[?)\s*([^\]]+?)\s*\]", line)
         if header:
             current = [part.strip().strip("\"'") for part in header[2].split(".")]
-            if current == table or current == path:
+            if current in (table, path):
                 seen += 1
                 if not index or seen == int(index):
                     best = number
@@ -85,8 +92,8 @@ def line_of(text: str, path: list[str]) -> int:
 
 
 @functools.cache
-def _adapter(cls: type[T]) -> pydantic.TypeAdapter[T]:
-    return pydantic.TypeAdapter(cls)
+def _adapter(cls: Hashable) -> pydantic.TypeAdapter[Any]:
+    return pydantic.TypeAdapter(typing.cast(Any, cls))
 
 
 def _keys(cls: type, loc: tuple[int | str, ...]) -> list[str]:
@@ -151,8 +158,9 @@ def _sentence(cls: type, path: list[str], mistake: Any) -> str:
             return f"{name}.kind: got '{kind}', expected one of {', '.join(valid)}{nearest(kind, valid)}"
         case "literal_error":
             expected = mistake["ctx"]["expected"]
-            return f"{name}: got {got!r}, expected {expected}{nearest(str(got), re.findall(r"'([^']+)'", expected))}"
-        case "dataclass_type":
+            names = re.findall(r"'([^']+)'", expected)
+            return f"{name}: got {got!r}, expected {expected}{nearest(str(got), names)}"
+        case "dataclass_type" | "model_attributes_type" | "dict_type":
             return f"{name}: got {_show(got)}, expected a table [{name}]"
         case "value_error":
             return f"{name}: {mistake['ctx']['error']}"
@@ -162,8 +170,7 @@ def _sentence(cls: type, path: list[str], mistake: Any) -> str:
 
 
 def _show(value: Any) -> str:
-    kinds: dict[type, str] = {bool: "boolean", str: "string", int: "integer", float: "number", list: "array", dict: "table"}
-    return f"the {kinds.get(type(value), type(value).__name__)} {value!r}"
+    return f"the {_TOML_NAMES.get(type(value), type(value).__name__)} {value!r}"
 
 
 def _classes_at(cls: type, path: list[str]) -> tuple[Any, ...]:
@@ -202,8 +209,7 @@ def _literal(value: Any) -> str:
         case int() | float():
             return repr(value)
         case str():
-            escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-            return f'"{escaped}"'
+            return json.dumps(value, ensure_ascii=False)  # a TOML basic string has JSON's escapes
         case list() | tuple():
             return f"[{', '.join(_literal(item) for item in value)}]"
         case types.MappingProxyType() | dict():

@@ -1,0 +1,198 @@
+"""Feeds one rank its share of every global batch, from any position, for ever.
+
+A map-style dataset stands behind PyTorch's own DataLoader (its workers, its pinning, its collating); what is added is
+whose turn each sample is: the order is `order.py`'s, the division `partition.py`'s. What a dataset draws at random (an
+augmentation) is seeded by the sample's place in the order, so it depends on neither ranks, workers nor restarts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from shoal.data.order import sample_seeds, shuffled
+from shoal.data.partition import spans, steps_per_epoch
+from shoal.errors import JobError
+
+Collate = Callable[[list[Any]], Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderConfig:
+    """What the loader needs of the plan.
+
+    Attributes:
+        batch_size: samples of a global batch.
+        shares: each rank's weight; only proportions count.
+        accumulate: micro-batches a step, on each rank.
+        num_workers: DataLoader worker processes a rank; 0 loads in the training process.
+    """
+
+    seed: int
+    batch_size: int
+    shares: tuple[float, ...]
+    accumulate: int
+    shuffle: bool
+    drop_last: bool
+    num_workers: int
+    pin_memory: bool
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """A place in the data: the step within an epoch."""
+
+    epoch: int = 0
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's part of one global batch.
+
+    Attributes:
+        cursor: which batch this is.
+        size: samples in the global batch.
+        micro_batches: (number of samples, collated samples) for each micro-batch that is not empty.
+        after: where the next batch stands.
+    """
+
+    cursor: Cursor
+    size: int
+    micro_batches: list[tuple[int, Any]]
+    after: Cursor
+
+    @property
+    def share(self) -> int:
+        """This rank's samples."""
+        return sum(count for count, _ in self.micro_batches)
+
+
+class _Sample(NamedTuple):
+    place: int
+    seed: int
+
+
+class Loader:
+    """The endless stream of one rank's batches."""
+
+    def __init__(self, dataset: Dataset[Any], config: LoaderConfig, rank: int, collate: Collate | None) -> None:
+        self._dataset = dataset
+        self._config = config
+        self._rank = rank
+        self._collate = collate
+        self.num_samples = num_samples(dataset)
+        self.steps_per_epoch = steps_per_epoch(self.num_samples, config.batch_size, drop_last=config.drop_last)
+
+    def batches(self, start: Cursor) -> Iterator[Batch]:
+        """Yield every batch from `start` on, epoch after epoch, without end."""
+        config = self._config
+        samples = DataLoader(
+            _Seeded(self._dataset),
+            batch_sampler=_Turns(self, start),
+            num_workers=config.num_workers,
+            collate_fn=self._collate,
+            pin_memory=config.pin_memory,
+            persistent_workers=config.num_workers > 0,
+        )
+        feed = iter(samples)
+        for cursor in self._cursors(start):
+            counts = [len(turn) for turn in self.micro_spans(cursor) if turn]
+            yield Batch(cursor, self._batch_size(cursor), [(n, next(feed)) for n in counts], self._next(cursor))
+
+    def turns(self, start: Cursor) -> Iterator[list[_Sample]]:
+        """The samples of every micro-batch of this rank that is not empty, from `start` on."""
+        for cursor in self._cursors(start):
+            for turn in self.micro_spans(cursor):
+                if turn:
+                    yield self._samples(cursor, turn)
+
+    def micro_spans(self, cursor: Cursor) -> list[range]:
+        """This rank's micro-batches, as ranges of position within the epoch."""
+        size = self._batch_size(cursor)
+        mine = spans(size, self._config.shares)[self._rank]
+        first = cursor.step * self._config.batch_size + mine.start
+        pieces = spans(len(mine), [1.0] * self._config.accumulate)
+        return [range(first + piece.start, first + piece.stop) for piece in pieces]
+
+    def _cursors(self, start: Cursor) -> Iterator[Cursor]:
+        cursor = self._wrap(start)
+        while True:
+            yield cursor
+            cursor = self._next(cursor)
+
+    def _next(self, cursor: Cursor) -> Cursor:
+        return self._wrap(dataclasses.replace(cursor, step=cursor.step + 1))
+
+    def _wrap(self, cursor: Cursor) -> Cursor:
+        return Cursor(cursor.epoch + 1, 0) if cursor.step >= self.steps_per_epoch else cursor
+
+    def _batch_size(self, cursor: Cursor) -> int:
+        return min(self._config.batch_size, self.num_samples - cursor.step * self._config.batch_size)
+
+    def _samples(self, cursor: Cursor, turn: range) -> list[_Sample]:
+        positions = np.arange(turn.start, turn.stop, dtype=np.int64)
+        seed, epoch = self._config.seed, cursor.epoch
+        seeds = sample_seeds(positions, seed=seed, epoch=epoch)
+        indices = positions
+        if self._config.shuffle:
+            indices = shuffled(positions, self.num_samples, seed=seed, epoch=epoch)
+        return [_Sample(int(i), int(s)) for i, s in zip(indices, seeds, strict=True)]
+
+
+def num_samples(dataset: Dataset[Any]) -> int:
+    """The length of a map-style dataset.
+
+    Raises:
+        JobError: it has none.
+    """
+    try:
+        return len(dataset)  # type: ignore[arg-type]
+    except TypeError:
+        raise JobError(
+            f"the job's data is a {type(dataset).__name__} without a length; expected a map-style dataset "
+            "(__len__ and __getitem__)"
+        ) from None
+
+
+class _Turns:
+    """The DataLoader's batch sampler: nothing but `Loader.turns`."""
+
+    def __init__(self, loader: Loader, start: Cursor) -> None:
+        self._loader = loader
+        self._start = start
+
+    def __iter__(self) -> Iterator[list[_Sample]]:
+        return self._loader.turns(self._start)
+
+
+class _Seeded(Dataset[Any]):
+    """Seeds the random generators for each sample, and puts them back: training draws from them too."""
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self._dataset = dataset
+
+    def __getitems__(self, samples: Sequence[_Sample]) -> list[Any]:
+        states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+        try:
+            return [self._fetch(sample) for sample in samples]
+        finally:
+            torch.set_rng_state(states[0])
+            random.setstate(states[1])
+            np.random.set_state(states[2])
+
+    def __getitem__(self, sample: _Sample) -> Any:
+        return self._fetch(sample)
+
+    def _fetch(self, sample: _Sample) -> Any:
+        torch.default_generator.manual_seed(sample.seed)
+        random.seed(sample.seed)
+        np.random.seed(sample.seed & 0xFFFFFFFF)
+        return self._dataset[sample.place]

@@ -1,0 +1,6 @@
+"""The job: what is trained, as the user's own plain functions over plain PyTorch."""
+
+from shoal.job.job import Job
+from shoal.job.recipes import decay_groups, warmup
+
+__all__ = ["Job", "decay_groups", "warmup"]

@@ -1,0 +1,180 @@
+"""A job's name: `path.py:function` or `package.module:function`, and the arguments given by `--set`.
+
+Processes find the job by its name, so nothing has to be pickled to reach them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from shoal.errors import JobError, TargetError, nearest
+from shoal.job.job import Job
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """Where a job comes from.
+
+    Attributes:
+        name: `path.py:function` (the path absolute) or `package.module:function`.
+        arguments: for the job function's own parameters.
+        code: SHA-256 of the source file, so that ranks with different code notice.
+    """
+
+    name: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    code: str = ""
+
+    @property
+    def short_name(self) -> str:
+        """The file's or module's last name: for folders and titles."""
+        return Path(self.name.rpartition(":")[0]).name.removesuffix(".py").rpartition(".")[2]
+
+    def load(self) -> Job:
+        """Import the job's module and call its function.
+
+        Raises:
+            TargetError: the name or an argument does not fit.
+            JobError: the function returned something that is not a Job.
+        """
+        job = _find(self.name)(**self.arguments)
+        if not isinstance(job, Job):
+            raise JobError(f"{self.name} returned {type(job).__name__}, expected a shoal.Job")
+        return job
+
+
+def resolve(name: str, settings: Sequence[str] = ()) -> Target:
+    """Check a name as typed and its `--set key=value` settings, converted to the parameters' types."""
+    location, _, function_name = name.rpartition(":")
+    if not location or not function_name:
+        raise TargetError(
+            f"got the job {name!r}, expected path.py:function or package.module:function, e.g. examples/charlm.py:job"
+        )
+    if location.endswith(".py"):
+        name = f"{Path(location).absolute()}:{function_name}"
+    function = _find(name)
+    arguments = _arguments(name, function, settings)
+    return Target(name=name, arguments=arguments, code=_code(function))
+
+
+def target_of(function: Callable[..., Job], arguments: Mapping[str, Any]) -> Target:
+    """Name a function object: it must stand at the top level of a file or module."""
+    source = inspect.getsourcefile(function)
+    if source is None or function.__qualname__ != function.__name__ or function.__name__ == "<lambda>":
+        raise TargetError(
+            f"the job {function.__qualname__!r} cannot be named, so worker processes cannot find it; expected a "
+            "function at the top level of a .py file"
+        )
+    name = f"{Path(source).absolute()}:{function.__name__}"
+    if unknown := set(arguments) - set(inspect.signature(function).parameters):
+        raise TargetError(f"{function.__name__} has no parameter {sorted(unknown)[0]!r}")
+    return Target(name=name, arguments=arguments, code=_code(function))
+
+
+def _find(name: str) -> Callable[..., Any]:
+    location, _, function_name = name.rpartition(":")
+    module = _load_file(Path(location)) if location.endswith(".py") else _load_module(location)
+    function = getattr(module, function_name, None)
+    if function is None:
+        functions = [n for n, value in vars(module).items() if inspect.isfunction(value) and not n.startswith("_")]
+        raise TargetError(
+            f"{location} has no function '{function_name}'{nearest(function_name, functions)}; "
+            f"it has {', '.join(functions) or 'none'}"
+        )
+    if not callable(function):
+        raise TargetError(f"{name} is {type(function).__name__}, expected a function that returns a shoal.Job")
+    return typing.cast(Callable[..., Any], function)
+
+
+def _load_file(path: Path) -> types.ModuleType:
+    if not path.is_file():
+        siblings = [str(p.name) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        raise TargetError(f"there is no file {path}{nearest(path.name, siblings)}")
+    name = f"shoal_job_{path.stem}"
+    loaded = sys.modules.get(name)
+    if loaded is not None and getattr(loaded, "__file__", None) == str(path):
+        return loaded
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))  # as `python path.py` would: the job may import its neighbours
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise TargetError(f"{path}:{error.lineno}: not valid Python: {error.msg}") from None
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _load_module(name: str) -> types.ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and not name.startswith(error.name):
+            raise
+        hint = f"; did you mean {name}.py:...?" if Path(f"{name}.py").exists() else ""
+        raise TargetError(f"there is no module {name!r}{hint}") from None
+
+
+def _arguments(name: str, function: Callable[..., Any], settings: Sequence[str]) -> dict[str, Any]:
+    parameters = inspect.signature(function, eval_str=True).parameters
+    arguments: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise TargetError(f"--set got {setting!r}, expected name=value")
+        if key not in parameters:
+            valid = ", ".join(parameters) or "no parameter"
+            raise TargetError(f"--set {key}: {name} takes {valid}{nearest(key, parameters)}")
+        arguments[key] = _convert(key, text, parameters[key])
+    missing = [n for n, p in parameters.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+    if absent := [n for n in missing if n not in arguments]:
+        raise TargetError(f"{name} needs a value for {absent[0]}: add --set {absent[0]}=...")
+    return arguments
+
+
+def _convert(key: str, text: str, parameter: inspect.Parameter) -> Any:
+    kind = parameter.annotation
+    if kind is parameter.empty:
+        kind = type(parameter.default) if parameter.default not in (None, parameter.empty) else str
+    options = [a for a in typing.get_args(kind) if a is not type(None)]
+    if isinstance(kind, types.UnionType) and options:
+        kind = options[0]
+    try:
+        if typing.get_origin(kind) is typing.Literal:
+            return {str(option): option for option in typing.get_args(kind)}[text]
+        return _PARSERS[kind](text)
+    except KeyError:
+        expected = (
+            ", ".join(map(str, options)) if options else f"a {getattr(kind, '__name__', kind)}, which --set cannot"
+        )
+        raise TargetError(f"--set {key}: got {text!r}, expected {expected}") from None
+    except ValueError:
+        raise TargetError(f"--set {key}: got {text!r}, expected {kind.__name__}") from None
+
+
+def _boolean(text: str) -> bool:
+    return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[text.lower()]
+
+
+_PARSERS: dict[Any, Callable[[str], Any]] = {int: int, float: float, str: str, bool: _boolean, Path: Path}
+
+
+def _code(function: Callable[..., Any]) -> str:
+    source = inspect.getsourcefile(function)
+    return hashlib.sha256(Path(source).read_bytes()).hexdigest() if source else ""

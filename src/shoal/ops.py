@@ -1,0 +1,69 @@
+"""The vocabulary of communication: what a sync algorithm may ask for, as plain records.
+
+A sync writes its exchange once, as a generator that yields these records and receives their results. Who performs
+them is another matter: `engine/communicator.py` on real transports, `wire/inprocess.py` in one process for tests.
+
+Groups are named, not held: the interpreter knows which ranks and which transport stand behind a name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
+
+WORLD = "world"
+"""All ranks."""
+NODE = "node"
+"""The ranks of this rank's own node."""
+LEADERS = "leaders"
+"""The first rank of every node."""
+
+
+@dataclass(frozen=True, slots=True)
+class AllReduce:
+    """Sum `source` over the group into every member's `target` (same shape; they may be the same memory).
+
+    After it, `source` holds nothing of use. Result: None.
+    """
+
+    source: Any
+    target: Any
+    group: str
+
+
+@dataclass(frozen=True, slots=True)
+class Broadcast:
+    """Copy the group's member `root`'s `tensor` into everybody's `tensor`. Result: None."""
+
+    tensor: Any
+    root: int
+    group: str
+
+
+@dataclass(frozen=True, slots=True)
+class AllToAll:
+    """Send row r of `tensor`, shape (group size, n), to member r. Result: the rows received, same shape."""
+
+    tensor: Any
+    group: str
+
+
+@dataclass(frozen=True, slots=True)
+class AllGather:
+    """Collect every member's `tensor`, shape (n,). Result: shape (group size, n), in order of rank."""
+
+    tensor: Any
+    group: str
+
+
+@dataclass(frozen=True, slots=True)
+class Barrier:
+    """Wait until every member is here. Result: None."""
+
+    group: str
+
+
+Op = AllReduce | Broadcast | AllToAll | AllGather | Barrier
+Exchange = Generator[Op, Any, Any]
+"""What a sync writes: yields operations, receives their results, may return a value."""

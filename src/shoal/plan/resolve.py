@@ -1,0 +1,123 @@
+"""Plans from files and flags, completed and checked for a number of ranks.
+
+Precedence: default < plan < flag. What comes out leaves nothing open and is what a run stores; `plan_hash` names it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from shoal import strict_toml
+from shoal.errors import PlanError
+from shoal.plan.schema import Plan
+from shoal.plan.until import Until
+
+
+def load_plan(path: Path) -> Plan:
+    """Read a plan file.
+
+    Raises:
+        PlanError: with the line, what was got, what was expected and the nearest valid name.
+    """
+    return parse_plan(strict_toml.read(path, error=PlanError), origin=str(path))
+
+
+def parse_plan(text: str, *, origin: str) -> Plan:
+    """Read a plan from TOML text; `origin` names it in messages."""
+    values = strict_toml.parse(text, origin=origin, error=PlanError)
+    return strict_toml.build(Plan, values, text=text, origin=origin, error=PlanError)
+
+
+def with_flags(plan: Plan, flags: Mapping[str, Mapping[str, Any]]) -> Plan:
+    """Put flags over a plan: table -> key -> value. A limit given by flag replaces the plan's."""
+    changed = plan
+    for table, values in flags.items():
+        merged = dataclasses.asdict(getattr(changed, table)) | dict(values)
+        kept = {key: value for key, value in merged.items() if value is not None}
+        built = strict_toml.build(Plan, {table: kept}, text="", origin="command line", error=PlanError)
+        changed = dataclasses.replace(changed, **{table: getattr(built, table)})
+    return changed
+
+
+def resolve_plan(plan: Plan, world_size: int) -> Plan:
+    """Complete a plan for `world_size` ranks and check that its parts fit each other.
+
+    Raises:
+        PlanError: they do not; the message names both and says what to do.
+    """
+    replicate = plan.layout.replicate or world_size
+    shares = plan.batch.shares or (1.0,) * world_size
+    resolved = dataclasses.replace(
+        plan,
+        layout=dataclasses.replace(plan.layout, replicate=replicate),
+        batch=dataclasses.replace(plan.batch, shares=tuple(float(share) for share in shares)),
+    )
+    for check in (_check_layout, _check_batch, _check_stop):
+        check(resolved, world_size)
+    return resolved
+
+
+def dump_plan(plan: Plan) -> str:
+    """A plan as TOML; `parse_plan` gives it back unchanged."""
+    return strict_toml.dump(plan)
+
+
+def plan_hash(plan: Plan) -> str:
+    """Twelve hexadecimal digits that name a resolved plan."""
+    return hashlib.sha256(dump_plan(plan).encode()).hexdigest()[:12]
+
+
+def check_resumable(before: Plan, now: Plan) -> None:
+    """Refuse to resume under a plan that differs in anything but when to stop.
+
+    Raises:
+        PlanError: naming the first table and key that differ.
+    """
+    for table in dataclasses.fields(Plan):
+        old, new = getattr(before, table.name), getattr(now, table.name)
+        if table.name == "stop" or old == new:
+            continue
+        raise PlanError(
+            f"cannot resume: {table.name} was {_difference(old, new)} when the run began, and is "
+            f"{_difference(new, old)} now; resume with the run's own plan (leave --plan away), or start a new run"
+        )
+
+
+def _difference(one: Any, other: Any) -> str:
+    if not dataclasses.is_dataclass(one) or type(one) is not type(other):
+        return getattr(one, "kind", repr(one))
+    names = [f.name for f in dataclasses.fields(one) if getattr(one, f.name) != getattr(other, f.name)]
+    return ", ".join(f"{name}={getattr(one, name)!r}" for name in names)
+
+
+def _check_layout(plan: Plan, world_size: int) -> None:
+    if plan.layout.replicate != world_size:
+        raise PlanError(
+            f"layout.replicate is {plan.layout.replicate}, but there are {world_size} ranks; set it to {world_size}, "
+            f"leave it out, or start {plan.layout.replicate} ranks"
+        )
+
+
+def _check_batch(plan: Plan, world_size: int) -> None:
+    shares = plan.batch.shares or ()
+    if len(shares) != world_size:
+        raise PlanError(f"batch.shares has {len(shares)} weights, but there are {world_size} ranks; give one for each")
+    if not sum(shares) > 0:
+        raise PlanError("batch.shares are all 0; give at least one rank a weight above 0")
+    if plan.batch.size < world_size:
+        raise PlanError(
+            f"batch.size is {plan.batch.size}, fewer than the {world_size} ranks; it counts the samples of a step over "
+            f"all ranks, so set at least {world_size}"
+        )
+
+
+def _check_stop(plan: Plan, _: int) -> None:
+    if plan.stop.until is not None:
+        Until.parse(plan.stop.until)
+    wants = [name for name, value in (("until", plan.stop.until), ("patience", plan.stop.patience)) if value]
+    if wants and plan.validation.every == 0:
+        raise PlanError(f"stop.{wants[0]} looks at validation, but validation.every is 0; set it to a number of steps")

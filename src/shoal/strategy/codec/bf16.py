@@ -1,0 +1,40 @@
+"""bfloat16 on the wire: half the bytes of fp32, the same range, 8 bits of mantissa (Kalamkar et al. 2019).
+
+Rounded to nearest even, so a value's relative error is at most 2**-8; sums are made in full precision.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from shoal.strict_toml import STRICT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bf16Config:
+    """`[codec] kind = "bf16"`."""
+
+    __pydantic_config__: ClassVar = STRICT
+    kind: Literal["bf16"] = "bf16"
+
+
+class Bf16Codec:
+    """Two bytes a value."""
+
+    linear = False
+
+    def encode(self, values: Tensor) -> Tensor:
+        """Round to bfloat16, shape (rows, 2 n)."""
+        return values.to(torch.bfloat16).contiguous().view(torch.uint8)
+
+    def decode(self, payload: Tensor, like: Tensor) -> Tensor:
+        """Widen to the dtype of `like`, shape (rows, n)."""
+        return payload.view(torch.bfloat16).to(like.dtype)
+
+    def size_bytes(self, num_values: int, item_bytes: int) -> int:
+        """2 n, whatever the values' own size."""
+        return 2 * num_values
