@@ -101,6 +101,7 @@ class Loader:
             collate_fn=self._collate,
             pin_memory=config.pin_memory,
             persistent_workers=config.num_workers > 0,
+            generator=torch.Generator(),  # its own: the loader must not draw from training's
         )
         feed = iter(samples)
         for cursor in self._cursors(start):
@@ -196,3 +197,14 @@ class _Seeded(Dataset[Any]):
         random.seed(sample.seed)
         np.random.seed(sample.seed & 0xFFFFFFFF)
         return self._dataset[sample.place]
+
+
+def ordered_batches(
+    dataset: Dataset[Any], span: range, batch_size: int, collate: Collate | None
+) -> Iterator[tuple[int, Any]]:
+    """Yield (number of samples, collated samples) for consecutive pieces of `span`, in the dataset's own order."""
+    pieces = [range(start, min(start + batch_size, span.stop)) for start in range(span.start, span.stop, batch_size)]
+    sampler = [[_Sample(place, place) for place in piece] for piece in pieces]
+    batches = DataLoader(_Seeded(dataset), batch_sampler=sampler, collate_fn=collate, generator=torch.Generator())
+    for piece, samples in zip(pieces, batches, strict=True):
+        yield len(piece), samples

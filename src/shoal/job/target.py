@@ -64,7 +64,7 @@ def resolve(name: str, settings: Sequence[str] = ()) -> Target:
         name = f"{Path(location).absolute()}:{function_name}"
     function = _find(name)
     arguments = _arguments(name, function, settings)
-    return Target(name=name, arguments=arguments, code=_code(function))
+    return Target(name=name, arguments=arguments, code=code_of(name))
 
 
 def target_of(function: Callable[..., Job], arguments: Mapping[str, Any]) -> Target:
@@ -78,7 +78,7 @@ def target_of(function: Callable[..., Job], arguments: Mapping[str, Any]) -> Tar
     name = f"{Path(source).absolute()}:{function.__name__}"
     if unknown := set(arguments) - set(inspect.signature(function).parameters):
         raise TargetError(f"{function.__name__} has no parameter {sorted(unknown)[0]!r}")
-    return Target(name=name, arguments=arguments, code=_code(function))
+    return Target(name=name, arguments=arguments, code=code_of(name))
 
 
 def _find(name: str) -> Callable[..., Any]:
@@ -175,6 +175,12 @@ def _boolean(text: str) -> bool:
 _PARSERS: dict[Any, Callable[[str], Any]] = {int: int, float: float, str: str, bool: _boolean, Path: Path}
 
 
-def _code(function: Callable[..., Any]) -> str:
-    source = inspect.getsourcefile(function)
-    return hashlib.sha256(Path(source).read_bytes()).hexdigest() if source else ""
+def code_of(name: str) -> str:
+    """SHA-256 of the file behind a job's name, as it is now."""
+    location = name.rpartition(":")[0]
+    if location.endswith(".py"):
+        source = Path(location)
+    else:
+        spec = importlib.util.find_spec(location)
+        source = Path(spec.origin) if spec is not None and spec.origin else Path()
+    return hashlib.sha256(source.read_bytes()).hexdigest() if source.is_file() else ""

@@ -6,6 +6,8 @@ all-gather: what leaves this rank). Headers and retransmissions are the network'
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ class TorchTransport:
     """One torch.distributed process group. Tensors live on `device`."""
 
     def __init__(self, members: list[int], rank: int, device: torch.device) -> None:
-        """Collective over *all* ranks of the job, members or not (torch.distributed asks for that)."""
+        """Make the group. Collective over *all* ranks of the job, members or not (torch.distributed asks for that)."""
         self._members = members
         self._rank = rank
         self._device = device
@@ -34,13 +36,8 @@ class TorchTransport:
 
     def perform(self, op: Op) -> Any:
         """Carry out `op`; on a GPU it is enqueued on the current stream."""
-        try:
+        with failures_as_lost_peers(f"{type(op).__name__} over ranks {self._members}"):
             return self._perform(op)
-        except RuntimeError as error:
-            raise PeerLostError(
-                f"rank {self._rank}: {type(op).__name__} over ranks {self._members} failed, most likely because one of "
-                f"them ended: {str(error).splitlines()[0]}"
-            ) from error
 
     def _perform(self, op: Op) -> Any:
         size = len(self._members)
@@ -69,6 +66,29 @@ class TorchTransport:
 
     def close(self) -> None:
         """The process group is destroyed with all others, by `rendezvous.leave`."""
+
+
+@contextmanager
+def failures_as_lost_peers(what: str) -> Iterator[None]:
+    """torch.distributed reports a vanished peer as a RuntimeError: name it for what it is.
+
+    Raises:
+        PeerLostError: `what` failed.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise PeerLostError(f"{what} failed, most likely because another rank ended: {reason}") from error
+
+
+def sum_over_world(values: list[float]) -> list[float]:
+    """Sum float64 values over all ranks, on the main thread and torch.distributed's default group."""
+    total = torch.tensor(values, dtype=torch.float64)
+    with failures_as_lost_peers("summing over all ranks"):
+        dist.all_reduce(total)
+    summed: list[float] = total.tolist()
+    return summed
 
 
 def _size_bytes(tensor: Tensor) -> int:

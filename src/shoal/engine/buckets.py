@@ -1,0 +1,174 @@
+"""Gradients in buckets: filled by hooks while backward runs, sent in a fixed order as soon as they are full.
+
+Each parameter has a slot in flat memory. Its hook moves the fresh gradient into the slot and makes `p.grad` a view of
+it, so that further micro-batches add in place and nothing is copied again; after the exchange `p.grad` is a view of the
+reduced values. Moving costs one read and one write, less than clearing the slot and letting autograd add to it.
+
+Buckets follow the parameters' order backwards, since the last layers' gradients come first. They are never rebuilt.
+A parameter without a gradient on this rank counts as zeros; one without a gradient on any rank keeps `grad = None`,
+as it would on a single process, so that the optimizer passes it over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from shoal.errors import JobError
+from shoal.strategy.bucket import Bucket
+from shoal.wire.transport import Memory
+
+Allocate = Callable[[int, torch.dtype], Memory]
+_ALIGNMENT_BYTES = 64
+
+
+@dataclass
+class _Slot:
+    """One parameter's place. `filled`: its gradient of this step lies there."""
+
+    name: str
+    parameter: nn.Parameter
+    bucket: int
+    source: Tensor
+    target: Tensor
+    filled: bool = False
+
+
+class GradientBuckets:
+    """All gradients of one model on one rank."""
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        bucket_bytes: int,
+        allocate: Allocate,
+        send: Callable[[Bucket], None],
+    ) -> None:
+        """Lay out the buckets and hook the parameters.
+
+        Args:
+            named_parameters: each tensor once (tied parameters have one name); frozen ones are passed over.
+            bucket_bytes: a bucket is closed when it holds as much.
+            allocate: makes flat memory; called in the same order on every rank.
+            send: called once a step for each bucket, in order, when all its gradients are there.
+        """
+        self._send = send
+        trainable = [(name, p) for name, p in named_parameters if p.requires_grad]
+        self.buckets: list[Bucket] = []
+        self._slots: list[_Slot] = []
+        for group in _group(list(reversed(trainable)), bucket_bytes):
+            self._lay_out(group, allocate)
+        self._missing = [0] * len(self.buckets)
+        self._next = 0
+        self._sending = False
+        self._hooks = [slot.parameter.register_post_accumulate_grad_hook(self._hook(slot)) for slot in self._slots]
+
+    @property
+    def num_parameters(self) -> int:
+        """The number of trainable parameter tensors."""
+        return len(self._slots)
+
+    def begin(self) -> None:
+        """A new step: no gradient is there yet."""
+        for slot in self._slots:
+            slot.filled = False
+            slot.parameter.grad = None
+
+    def begin_last_backward(self) -> None:
+        """From now on a bucket is sent as soon as it is full."""
+        for index in range(len(self.buckets)):
+            self._missing[index] = 0
+        for slot in self._slots:
+            self._missing[slot.bucket] += 1
+        self._next = 0
+        self._sending = True
+
+    def end_last_backward(self) -> Tensor:
+        """Send what backward did not fill.
+
+        Returns:
+            1.0 for each parameter that has a gradient on this rank, else 0.0; shape (num_parameters,), float64.
+        """
+        self._sending = False
+        for slot in self._slots:
+            if not slot.filled:
+                slot.source.zero_()
+        for bucket in self.buckets[self._next :]:
+            self._send(bucket)
+        return torch.tensor([float(slot.filled) for slot in self._slots], dtype=torch.float64)
+
+    def install(self, used: Sequence[float]) -> None:
+        """Point every parameter's gradient at the reduced values; None where no rank had one (`used[i] == 0`)."""
+        for slot, count in zip(self._slots, used, strict=True):
+            slot.parameter.grad = slot.target if count > 0 else None
+
+    def close(self) -> None:
+        """Take the hooks off the parameters."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _lay_out(self, group: list[tuple[str, nn.Parameter]], allocate: Allocate) -> None:
+        dtype = group[0][1].dtype
+        offsets, total = _offsets([p.numel() for _, p in group], dtype.itemsize)
+        memory = allocate(total, dtype)
+        index = len(self.buckets)
+        self.buckets.append(Bucket(f"bucket-{index}", memory.source, memory.target, memory.portion))
+        for (name, p), offset in zip(group, offsets, strict=True):
+            source, target = (
+                flat[offset : offset + p.numel()].view(p.shape) for flat in (memory.source, memory.target)
+            )
+            self._slots.append(_Slot(name, p, index, source, target))
+
+    def _hook(self, slot: _Slot) -> Callable[[Tensor], None]:
+        def on_gradient(parameter: Tensor) -> None:
+            gradient = parameter.grad
+            assert gradient is not None
+            if gradient is not slot.source:
+                _check_dense(slot.name, gradient)
+                slot.source.copy_(gradient)
+                parameter.grad = slot.source
+            slot.filled = True
+            if self._sending:
+                self._missing[slot.bucket] -= 1
+                self._send_full()
+
+        return on_gradient
+
+    def _send_full(self) -> None:
+        while self._next < len(self.buckets) and self._missing[self._next] == 0:
+            self._send(self.buckets[self._next])
+            self._next += 1
+
+
+def _group(parameters: list[tuple[str, nn.Parameter]], bucket_bytes: int) -> list[list[tuple[str, nn.Parameter]]]:
+    """Cut the list where a bucket is full or the dtype changes."""
+    groups: list[list[tuple[str, nn.Parameter]]] = []
+    size = 0
+    for name, parameter in parameters:
+        if not groups or size >= bucket_bytes or groups[-1][-1][1].dtype != parameter.dtype:
+            groups.append([])
+            size = 0
+        groups[-1].append((name, parameter))
+        size += parameter.numel() * parameter.element_size()
+    return groups
+
+
+def _offsets(sizes: list[int], item_bytes: int) -> tuple[list[int], int]:
+    """Where each of so many values starts, aligned for vector instructions, and the total."""
+    unit = max(1, _ALIGNMENT_BYTES // item_bytes)
+    offsets, end = [], 0
+    for size in sizes:
+        offsets.append(end)
+        end += -(-size // unit) * unit
+    return offsets, end
+
+
+def _check_dense(name: str, gradient: Tensor) -> None:
+    if gradient.layout != torch.strided:
+        raise JobError(
+            f"the gradient of {name} is sparse ({gradient.layout}); expected a dense one: build the embedding with "
+            "sparse=False"
+        )

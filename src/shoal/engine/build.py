@@ -1,0 +1,203 @@
+"""Makes a rank's parts from a job and a plan, and checks them before anything is trained."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Dataset
+
+from shoal.data.loader import Loader, LoaderConfig, num_samples
+from shoal.engine import random_state
+from shoal.errors import JobError, MachineError
+from shoal.job.job import Job
+from shoal.ops import LEADERS, NODE, WORLD
+from shoal.plan.schema import ComputeConfig, Plan
+from shoal.strategy.codec import CODECS
+from shoal.strategy.sync import SYNCS
+from shoal.strategy.sync.allreduce import AllReduceSync
+from shoal.strategy.topology import Topology
+from shoal.wire import shared_memory
+from shoal.wire.collectives import TorchTransport
+from shoal.wire.rendezvous import SILENCE_TIMEOUT_S, Membership
+from shoal.wire.transport import Transport
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What one rank trains with."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    schedule: LRScheduler | None
+    loader: Loader
+    validation: Dataset[Any] | None
+
+
+def choose_device(config: ComputeConfig, topology: Topology) -> torch.device:
+    """Pick this rank's device.
+
+    Raises:
+        MachineError: the plan asks for CUDA, and the node has fewer GPUs than ranks.
+    """
+    local = topology.local_ranks
+    num_gpus = torch.cuda.device_count() if config.device != "cpu" else 0
+    if num_gpus >= len(local):
+        device = torch.device("cuda", local.index(topology.rank))
+        torch.cuda.set_device(device)
+        return device
+    if config.device == "cuda":
+        raise MachineError(
+            f"compute.device is cuda, but node {topology.nodes[topology.rank]} has {num_gpus} GPUs for {len(local)} "
+            "ranks; start fewer ranks there, or set compute.device to auto or cpu"
+        )
+    return torch.device("cpu")
+
+
+def set_threads(config: ComputeConfig, topology: Topology) -> None:
+    """Give each rank of a node its part of the cores, unless the plan or OMP_NUM_THREADS says otherwise."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // len(topology.local_ranks)))
+
+
+def build_parts(job: Job, plan: Plan, topology: Topology, device: torch.device) -> Parts:
+    """Call the job's factories, all ranks from the same seed, and check what they make.
+
+    Raises:
+        JobError: a part is not what it should be; the message names it.
+    """
+    random_state.seed_all(plan.seed, 0)
+    training, validation = _datasets(job)
+    loader = Loader(training, _loader_config(plan, device), topology.rank, job.collate)
+    _check_size(loader.num_samples, plan, topology)
+    model = _model(job, device)
+    optimizer = job.optimizer([p for p in model.parameters() if p.requires_grad])
+    _check_optimizer(optimizer, model)
+    schedule = job.schedule(optimizer) if job.schedule else None
+    random_state.seed_all(plan.seed, topology.rank + 1)
+    return Parts(model, optimizer, schedule, loader, validation)
+
+
+def build_sync(plan: Plan, topology: Topology) -> AllReduceSync:
+    """The plan's sync with its codec."""
+    return SYNCS[plan.sync.kind](plan.sync, CODECS[plan.codec.kind](), topology)
+
+
+def build_transports(
+    groups: set[str], topology: Topology, membership: Membership, device: torch.device
+) -> dict[str, Transport]:
+    """Connect this rank to the groups that a sync needs. Collective."""
+    transports: dict[str, Transport] = {}
+    if WORLD in groups:
+        transports[WORLD] = TorchTransport(topology.members(WORLD), topology.rank, device)
+    if LEADERS in groups:
+        transports[LEADERS] = TorchTransport(topology.leaders, topology.rank, device)
+    if NODE in groups:
+        transports[NODE] = _node_transport(topology, membership, device)
+    return transports
+
+
+def no_effect(plan: Plan, sync: AllReduceSync, topology: Topology, parts: Parts, job: Job) -> list[str]:
+    """Settings of the plan or job that change nothing here: one sentence each."""
+    idle: list[str] = []
+    if plan.codec.kind != "none" and LEADERS not in sync.groups and WORLD not in sync.groups:
+        idle.append(
+            f"codec {plan.codec.kind} has no effect: all ranks share one node's memory, and nothing goes on a wire"
+        )
+    if plan.sync.form == "hierarchical" and not topology.has_neighbours:
+        idle.append("sync.form = hierarchical has no effect: every node has one rank")
+    if job.metrics and parts.validation is None:
+        idle.append("the job's metrics have no effect: its data has no validation part")
+    return idle
+
+
+def _node_transport(topology: Topology, membership: Membership, device: torch.device) -> Transport:
+    local = topology.local_ranks
+    if device.type == "cpu" and shared_memory.available():
+        prefix = f"node/{topology.nodes[topology.rank]}/"
+        return shared_memory.SharedMemoryTransport(
+            local.index(topology.rank),
+            len(local),
+            lambda key, value: membership.store.set(prefix + key, value.hex()),
+            lambda key: bytes.fromhex(membership.store.get(prefix + key).decode()),
+            timeout_s=SILENCE_TIMEOUT_S,
+        )
+    transport: TorchTransport | None = None
+    for name in topology.node_names:  # every rank has to make every node's group
+        members = [rank for rank, node in enumerate(topology.nodes) if node == name]
+        made = TorchTransport(members, topology.rank, device)
+        transport = made if members == local else transport
+    assert transport is not None
+    return transport
+
+
+def _datasets(job: Job) -> tuple[Dataset[Any], Dataset[Any] | None]:
+    data = job.data()
+    pair = data if isinstance(data, tuple) else (data, None)
+    training, validation = pair if len(pair) == 2 else (None, None)
+    if training is None or not hasattr(training, "__getitem__"):
+        raise JobError(
+            f"the job's data returned {type(data).__name__}, expected a map-style dataset (__len__ and __getitem__) or "
+            "a pair (training, validation)"
+        )
+    if validation is not None and num_samples(validation) == 0:
+        raise JobError("the job's validation data are empty; return only the training data to go without")
+    return training, validation
+
+
+def _loader_config(plan: Plan, device: torch.device) -> LoaderConfig:
+    assert plan.batch.shares is not None
+    return LoaderConfig(
+        seed=plan.seed,
+        batch_size=plan.batch.size,
+        shares=plan.batch.shares,
+        accumulate=plan.batch.accumulate,
+        shuffle=plan.data.shuffle,
+        drop_last=plan.data.drop_last,
+        num_workers=plan.data.workers,
+        pin_memory=device.type == "cuda",
+    )
+
+
+def _check_size(total: int, plan: Plan, topology: Topology) -> None:
+    if total < topology.world_size:
+        raise JobError(
+            f"the training data has {total} samples, fewer than the {topology.world_size} ranks; start at most "
+            f"{max(total, 1)} or bring more data"
+        )
+    if plan.data.drop_last and total < plan.batch.size:
+        raise JobError(
+            f"the training data has {total} samples, fewer than batch.size {plan.batch.size}, and data.drop_last "
+            "leaves out batches that are not full: nothing would be trained"
+        )
+
+
+def _model(job: Job, device: torch.device) -> nn.Module:
+    model = job.model()
+    if not isinstance(model, nn.Module):
+        raise JobError(f"the job's model returned {type(model).__name__}, expected a torch.nn.Module")
+    for name, p in model.named_parameters():
+        if p.device.type not in ("cpu", device.type):
+            raise JobError(
+                f"the model's parameter {name} is on {p.device}, but this rank computes on {device}; build the model "
+                "on the CPU, Shoal moves it"
+            )
+    if not any(p.requires_grad for p in model.parameters()):
+        raise JobError("the job's model has no parameter that requires a gradient: there is nothing to train")
+    return model.to(device).train()
+
+
+def _check_optimizer(optimizer: object, model: nn.Module) -> None:
+    if not isinstance(optimizer, Optimizer):
+        raise JobError(f"the job's optimizer returned {type(optimizer).__name__}, expected a torch.optim.Optimizer")
+    known = {id(p) for p in model.parameters()}
+    if any(id(p) not in known for group in optimizer.param_groups for p in group["params"]):
+        raise JobError("the job's optimizer holds parameters that are not the model's; use those that it is given")

@@ -1,0 +1,174 @@
+"""Checkpoints on disk: a folder each, whole or not there.
+
+    checkpoints/step-00000200/
+        tensors.safetensors   all tensors
+        state.json            everything else
+        manifest.json         sizes and SHA-256 of the two, written last
+
+A checkpoint is written under a temporary name and renamed when all of it is on disk, so that a crash at any moment
+leaves the old ones whole. Reading checks every byte against the manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from shoal.errors import CheckpointError
+from shoal.run import sync_folder
+
+_TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
+_FORMAT = 1
+_HASH_PIECE_BYTES = 8 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint on disk. `best`: it had the lowest validation loss when it was written."""
+
+    path: Path
+    step: int
+    best: bool
+
+
+class Archive:
+    """The checkpoints of one run."""
+
+    def __init__(self, folder: Path, *, keep: int, keep_best: bool) -> None:
+        self._folder = folder
+        self._keep = keep
+        self._keep_best = keep_best
+
+    def write(self, step: int, state: Any, tensors: dict[str, Tensor], *, best: bool) -> tuple[Path, int]:
+        """Write one checkpoint and delete what need not be kept; return its path and size in bytes.
+
+        Raises:
+            CheckpointError: the disk refused; what stood before is untouched.
+        """
+        final = self._folder / f"step-{step:08d}"
+        temporary = self._folder / f".step-{step:08d}.tmp"
+        try:
+            size_bytes = _write_folder(temporary, step, state, tensors, best=best)
+            if final.exists():
+                shutil.rmtree(final)
+            temporary.rename(final)
+            sync_folder(self._folder)
+        except (OSError, safetensors.SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise CheckpointError(_refusal(final, error)) from None
+        self._prune()
+        return final, size_bytes
+
+    def list(self) -> list[Saved]:
+        """All checkpoints, oldest first; a folder without a readable manifest counts as step -1, not best."""
+        found = []
+        for path in self._folder.glob("step-*"):
+            try:
+                manifest = json.loads((path / _MANIFEST).read_text())
+                found.append(Saved(path, int(manifest["step"]), bool(manifest["best"])))
+            except (OSError, ValueError, KeyError, TypeError):
+                found.append(Saved(path, -1, best=False))
+        return sorted(found, key=lambda saved: saved.path.name)
+
+    def path(self, name: str) -> Path:
+        """The folder of the checkpoint called `name`."""
+        return self._folder / name
+
+    def sweep(self) -> None:
+        """Delete what a crash left half written."""
+        for path in self._folder.glob(".step-*.tmp"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _prune(self) -> None:
+        everything = self.list()
+        kept = {saved.path for saved in everything[-self._keep :]}
+        if self._keep_best:
+            kept |= {saved.path for saved in [saved for saved in everything if saved.best][-1:]}
+        for saved in everything:
+            if saved.path not in kept:
+                shutil.rmtree(saved.path, ignore_errors=True)
+
+
+def read(path: Path) -> tuple[Any, dict[str, Tensor]]:
+    """Read a checkpoint, checking it whole; return its state and tensors (on the CPU).
+
+    Raises:
+        CheckpointError: a file is missing, cut short or changed.
+    """
+    try:
+        manifest = json.loads((path / _MANIFEST).read_text())
+        if manifest["format"] != _FORMAT:
+            raise CheckpointError(
+                f"{path} has format {manifest['format']}, expected {_FORMAT}; it is another version's"
+            )
+        for name, expected in manifest["files"].items():
+            _verify(path / name, expected)
+        state = json.loads((path / _STATE).read_text())
+        return state, safetensors.torch.load_file(path / _TENSORS)
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"checkpoint {path} is damaged: {reason}") from None
+
+
+def _write_folder(folder: Path, step: int, state: Any, tensors: dict[str, Tensor], *, best: bool) -> int:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    safetensors.torch.save_file(tensors, folder / _TENSORS)
+    (folder / _STATE).write_text(json.dumps(state))
+    files = {name: _describe(folder / name) for name in (_TENSORS, _STATE)}
+    manifest = {"format": _FORMAT, "step": step, "best": best, "files": files}
+    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2))
+    for name in (_TENSORS, _STATE, _MANIFEST):
+        _sync_file(folder / name)
+    sync_folder(folder)
+    return sum(int(entry["size_bytes"]) for entry in files.values())
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    """Size and SHA-256. Large pieces: the hash runs without Python's lock, but has to take it back after each."""
+    digest = hashlib.sha256()
+    size_bytes = path.stat().st_size
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        for start in range(0, size_bytes, _HASH_PIECE_BYTES):
+            with memoryview(content) as view:
+                digest.update(view[start : start + _HASH_PIECE_BYTES])
+    return {"size_bytes": size_bytes, "sha256": digest.hexdigest()}
+
+
+def _verify(path: Path, expected: dict[str, Any]) -> None:
+    size_bytes = path.stat().st_size
+    if size_bytes != expected["size_bytes"]:
+        raise CheckpointError(
+            f"checkpoint {path.parent} is damaged: {path.name} has {size_bytes} bytes, expected "
+            f"{expected['size_bytes']}"
+        )
+    if _describe(path)["sha256"] != expected["sha256"]:
+        raise CheckpointError(f"checkpoint {path.parent} is damaged: the content of {path.name} has changed")
+
+
+def _sync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _refusal(path: Path, error: Exception) -> str:
+    reason = error.strerror if isinstance(error, OSError) else str(error)
+    try:
+        free = shutil.disk_usage(path.parent).free
+        room = f"; {free / 1e6:.0f} MB are free there"
+    except OSError:
+        room = ""
+    return f"could not write checkpoint {path}: {reason}{room}; earlier checkpoints are untouched"

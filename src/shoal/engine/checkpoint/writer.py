@@ -1,0 +1,111 @@
+"""Writes checkpoints while training goes on.
+
+Parameters and optimizer state change only in the optimizer's step. So the copy is taken by a thread during the next
+step's forward and backward, and the optimizer waits for it only if it is not done by then; hashing and writing the copy
+take as long as they take. One checkpoint is written at a time: a new one waits for the last.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Event
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shoal.engine.checkpoint import tree
+from shoal.engine.checkpoint.archive import Archive
+from shoal.errors import CheckpointError
+from shoal.events import EventLog
+
+
+class CheckpointWriter:
+    """Rank 0's writer. `failed` holds the last failure's message until a checkpoint succeeds."""
+
+    def __init__(self, archive: Archive, log: EventLog) -> None:
+        self._archive = archive
+        self._log = log
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="shoal-checkpoint")
+        self._pending: Future[None] | None = None
+        self._copied = Event()
+        self._copied.set()
+        self._stall_s = 0.0
+        self.failed: str | None = None
+
+    def begin(
+        self, step: int, state: dict[str, Any], *, best: bool, volatile: list[Tensor], late: Callable[[], Any]
+    ) -> None:
+        """Start a checkpoint of live state; `before_update` must be called before any of it changes.
+
+        Args:
+            state: by part ("model", "optimizer", ...), each a state dict with tensors anywhere in it.
+            volatile: tensors that change before the next update (a model's buffers): copied here and now.
+            late: called by the thread, for what takes waiting (other ranks' random states); its value is stored.
+
+        Raises:
+            CheckpointError: the state has something that cannot be stored.
+        """
+        started = time.perf_counter()
+        self.wait()
+        encoded, tensors = tree.encode(state, "state")
+        changing = {tensor.data_ptr() for tensor in volatile}
+        copies = {name: t.clone() for name, t in tensors.items() if t.data_ptr() in changing}
+        rest = {name: t for name, t in tensors.items() if name not in copies}
+        self._copied.clear()
+        self._stall_s = time.perf_counter() - started
+        self._pending = self._executor.submit(self._write, step, encoded, copies, rest, best, late)
+
+    def before_update(self) -> None:
+        """Wait until the state has been copied; from then on it may change."""
+        if not self._copied.is_set():
+            started = time.perf_counter()
+            self._copied.wait()
+            self._stall_s += time.perf_counter() - started
+
+    def wait(self) -> None:
+        """Wait until the checkpoint that was begun last is on disk, or has failed."""
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+
+    def close(self) -> None:
+        """Finish what was begun and end the thread."""
+        self.wait()
+        self._executor.shutdown()
+
+    def _write(
+        self,
+        step: int,
+        encoded: Any,
+        copies: dict[str, Tensor],
+        rest: dict[str, Tensor],
+        best: bool,
+        late: Callable[[], Any],
+    ) -> None:
+        try:
+            try:
+                copies |= {name: _copy(tensor) for name, tensor in rest.items()}
+            finally:
+                self._copied.set()
+            started = time.perf_counter()
+            state = {"state": encoded, "late": late()}
+            path, size_bytes = self._archive.write(step, state, copies, best=best)
+            self.failed = None
+            self._log.write(
+                "checkpoint_saved",
+                step=step,
+                path=f"{path.parent.name}/{path.name}",
+                size_bytes=size_bytes,
+                stall_s=self._stall_s,
+                write_s=time.perf_counter() - started,
+            )
+        except (CheckpointError, RuntimeError, OSError) as error:
+            self.failed = str(error)
+            self._log.write("checkpoint_failed", step=step, message=self.failed)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

@@ -1,0 +1,260 @@
+"""The training loop of one rank: batch, backward, exchange, update; then whatever is due after the step.
+
+A step commits when every rank's exchange is complete and every loss was finite; before that nothing has changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from shoal.data.loader import Batch
+from shoal.engine.agreement import Verdict
+from shoal.engine.build import Parts
+from shoal.engine.checkpoint.session import CheckpointSession
+from shoal.engine.control import StopRequest
+from shoal.engine.exchange import GradientExchange
+from shoal.engine.forward import Forward
+from shoal.engine.progress import Progress
+from shoal.engine.replicas import BufferAverage
+from shoal.engine.stopping import StopRule
+from shoal.engine.validation import Validator
+from shoal.errors import NonFiniteLossError
+from shoal.events import EventLog
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """What the loop needs of the plan: periods in steps (0: never) and the clipping norm."""
+
+    rank: int
+    clip_norm: float | None
+    validate_every: int
+    checkpoint_every: int
+    keep_best: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crew:
+    """The parts that the loop calls upon."""
+
+    parts: Parts
+    forward: Forward
+    exchange: GradientExchange
+    checkpoints: CheckpointSession
+    validator: Validator | None
+    stop_rule: StopRule
+    stop_request: StopRequest
+    log: EventLog
+
+
+class Loop:
+    """Trains from one state to the end."""
+
+    def __init__(self, config: LoopConfig, crew: Crew, progress: Progress) -> None:
+        self._config = config
+        self._crew = crew
+        self._average_buffers = BufferAverage(crew.parts.model)
+        self._clock = _Clock(progress.seconds)
+        self.progress = progress
+
+    def run(self) -> str:
+        """Train until a limit is met; validate and save the end; return the reason to stop.
+
+        Raises:
+            NonFiniteLossError: a loss became NaN or infinite; that step was not applied.
+            PeerLostError: another rank vanished.
+        """
+        batches = self._crew.parts.loader.batches(self.progress.cursor)
+        reason = self._crew.stop_rule.before_step(self.progress)
+        while reason is None:
+            stop = self._step(batches)
+            reason = self._after_step(stop) or self._crew.stop_rule.before_step(self.progress)
+        self._finish()
+        return reason
+
+    @property
+    def parts(self) -> Parts:
+        """What this rank trains with."""
+        return self._crew.parts
+
+    @property
+    def bytes_sent(self) -> int:
+        """Payload bytes that this rank has put on the network in this attempt."""
+        return self._crew.exchange.bytes_sent
+
+    @property
+    def unsaved(self) -> str | None:
+        """Why the last checkpoint could not be written, if it could not."""
+        return self._crew.checkpoints.failed
+
+    def close(self) -> None:
+        """End the threads of checkpoints and communication."""
+        self._crew.checkpoints.close()
+        self._crew.exchange.close()
+
+    def _step(self, batches: Iterator[Batch]) -> bool:
+        crew, started = self._crew, time.perf_counter()
+        batch = next(batches)
+        loaded = time.perf_counter()
+        crew.exchange.begin()
+        loss = self._backward(batch)
+        computed = time.perf_counter()
+        verdict = crew.exchange.finish(loss, stop=self._wants_to_stop(), idle=batch.share == 0)
+        self._check_finite(verdict)
+        if self._config.clip_norm is not None:
+            crew.exchange.clip(self._config.clip_norm)
+        waited = time.perf_counter()
+        rate = crew.parts.optimizer.param_groups[0]["lr"]
+        self._update(verdict)
+        ended = time.perf_counter()
+        self._advance(batch, verdict)
+        crew.log.write(
+            "step",
+            step=self.progress.step,
+            epoch=batch.cursor.epoch,
+            loss=verdict.loss,
+            lr=float(rate),
+            samples=batch.size,
+            share=batch.share,
+            step_s=ended - started,
+            data_s=loaded - started,
+            compute_s=computed - loaded,
+            wait_s=waited - computed,
+            optimizer_s=ended - waited,
+            bytes_sent=self._clock.lap_bytes(crew.exchange.bytes_sent),
+        )
+        return verdict.stop
+
+    def _backward(self, batch: Batch) -> torch.Tensor:
+        """Accumulate the gradient of this rank's part of the global mean; return that part of the loss."""
+        total = torch.zeros(())
+        last = len(batch.micro_batches) - 1
+        for index, (count, samples) in enumerate(batch.micro_batches):
+            loss, _, _ = self._crew.forward(samples)
+            part = loss * (count / batch.size)
+            self._crew.exchange.before_backward(last=index == last)
+            part.backward()
+            total = part.detach() + total.to(part.device)
+        return total
+
+    def _update(self, verdict: Verdict) -> None:
+        parts = self._crew.parts
+        self._crew.exchange.install(verdict)
+        self._crew.checkpoints.before_update()
+        parts.optimizer.step()
+        if parts.schedule is not None:
+            parts.schedule.step()
+        self._crew.exchange.release()
+
+    def _advance(self, batch: Batch, verdict: Verdict) -> None:
+        self.progress = dataclasses.replace(
+            self.progress,
+            step=self.progress.step + 1,
+            cursor=batch.after,
+            samples=self.progress.samples + batch.size,
+            seconds=self._clock.seconds(),
+            loss=verdict.loss,
+        )
+
+    def _check_finite(self, verdict: Verdict) -> None:
+        if verdict.non_finite_ranks:
+            ranks = ", ".join(map(str, verdict.non_finite_ranks))
+            raise NonFiniteLossError(
+                f"the loss is not finite at step {self.progress.step + 1} on rank {ranks}; that step was not applied, "
+                f"and {self._crew.checkpoints.last_good()}. Try a lower learning rate, a warm-up, or compute.clip_norm"
+            )
+
+    def _wants_to_stop(self) -> bool:
+        timed_out = self._config.rank == 0 and self._crew.stop_rule.out_of_time(self._clock.seconds())
+        return timed_out or bool(self._crew.stop_request)
+
+    def _after_step(self, stop: bool) -> str | None:
+        """Validate and save if it is due."""
+        reason, best = None, False
+        if _due(self.progress.step, self._config.validate_every):
+            reason, best = self._validate()
+        if best or _due(self.progress.step, self._config.checkpoint_every):
+            self._save(best=best)
+        if stop and reason is None:
+            reason = "seconds" if self._crew.stop_rule.out_of_time(self.progress.seconds) else "interrupted"
+        return reason
+
+    def _validate(self) -> tuple[str | None, bool]:
+        """Measure; return (reason to stop, whether to keep this state as the best)."""
+        if self._crew.validator is None:
+            return None, False
+        started = time.perf_counter()
+        self._average_buffers()
+        values = self._crew.validator()
+        best = values["val_loss"] < self.progress.best_loss
+        self.progress = dataclasses.replace(
+            self.progress,
+            val_loss=values["val_loss"],
+            metrics={name: value for name, value in values.items() if name != "val_loss"},
+            validated_step=self.progress.step,
+            best_loss=min(values["val_loss"], self.progress.best_loss),
+            stale=0 if best else self.progress.stale + 1,
+        )
+        if self._config.rank == 0:
+            self._crew.log.write(
+                "validation",
+                step=self.progress.step,
+                loss=values["val_loss"],
+                metrics=self.progress.metrics,
+                seconds=time.perf_counter() - started,
+                best=best,
+            )
+        return self._crew.stop_rule.after_validation(values, self.progress), best and self._config.keep_best
+
+    def _save(self, *, best: bool) -> None:
+        parts = self._crew.parts
+        self._average_buffers()
+        state: dict[str, Any] = {
+            "model": parts.model.state_dict(),
+            "optimizer": parts.optimizer.state_dict(),
+            "schedule": parts.schedule.state_dict() if parts.schedule else None,
+            "progress": self.progress.to_plain(),
+        }
+        self._crew.checkpoints.save(self.progress.step, state, parts.model.buffers(), best=best)
+
+    def _finish(self) -> None:
+        best = False
+        if self.progress.validated_step != self.progress.step and self._config.validate_every:
+            _, best = self._validate()
+        if self._crew.checkpoints.saved_step != self.progress.step or best:
+            self._save(best=best)
+        self._crew.checkpoints.wait()
+
+
+class _Clock:
+    """Seconds of training over all attempts, and bytes since the last step."""
+
+    def __init__(self, before_s: float) -> None:
+        self._start = time.perf_counter() - before_s
+        self._bytes = 0
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start
+
+    def lap_bytes(self, total: int) -> int:
+        lap, self._bytes = total - self._bytes, total
+        return lap
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def restore(parts: Parts, state: dict[str, Any]) -> Progress:
+    """Put a checkpoint's state into a rank's parts; return how far it had come."""
+    parts.model.load_state_dict(state["model"])
+    parts.optimizer.load_state_dict(state["optimizer"])
+    if parts.schedule is not None and state["schedule"] is not None:
+        parts.schedule.load_state_dict(state["schedule"])
+    return Progress.from_plain(state["progress"])

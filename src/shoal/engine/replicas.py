@@ -1,0 +1,60 @@
+"""Replicas start equal and stay equal: the initial parameters, and buffers that each rank changes by itself.
+
+Runs on the main thread over torch.distributed's default group, while the communication thread is idle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from shoal.wire.collectives import failures_as_lost_peers
+
+
+def make_equal(model: nn.Module) -> bool:
+    """Give every rank rank 0's parameters and buffers, if they are not equal already; return whether they were.
+
+    Models built from one seed usually are equal, and then only a checksum is sent.
+    """
+    digest = hashlib.sha256()
+    for tensor in _tensors(model):
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    own = torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
+    first = own.clone()
+    with failures_as_lost_peers("comparing models"):
+        dist.broadcast(first, src=0)
+        differs = torch.tensor([float(not torch.equal(own, first))])
+        dist.all_reduce(differs)
+        if differs.item() > 0:
+            for tensor in _tensors(model):
+                dist.broadcast(tensor.detach(), src=0)
+    return differs.item() == 0
+
+
+class BufferAverage:
+    """Averages buffers that training changes (batch norm's running statistics) when they are about to be looked at."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+        self._versions = [buffer._version for buffer in self._buffers]
+
+    def __call__(self) -> None:
+        """Give every rank the mean of each buffer that changed on any rank. Collective."""
+        if not self._buffers:
+            return
+        pairs = zip(self._buffers, self._versions, strict=True)
+        changed = torch.tensor([float(buffer._version != version) for buffer, version in pairs])
+        with failures_as_lost_peers("averaging buffers"):
+            dist.all_reduce(changed)
+            for buffer, count in zip(self._buffers, changed.tolist(), strict=True):
+                if count > 0:
+                    dist.all_reduce(buffer)
+                    buffer.div_(dist.get_world_size())
+        self._versions = [buffer._version for buffer in self._buffers]
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]

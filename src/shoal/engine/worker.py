@@ -1,0 +1,243 @@
+"""The process of one rank: `python -m shoal.engine.worker RUN [--resume]`, started by a launcher or by torchrun.
+
+It reads everything from the run directory, joins the others, trains, and reports its end as an event. Its exit code is
+0 when training ended by itself, 1 when this rank failed or saw another fail, 3 when its launcher went away.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shoal._version import __version__
+from shoal.engine import build, control
+from shoal.engine.checkpoint.archive import Archive
+from shoal.engine.checkpoint.session import CheckpointSession
+from shoal.engine.exchange import GradientExchange
+from shoal.engine.forward import Forward
+from shoal.engine.loop import Crew, Loop, LoopConfig, restore
+from shoal.engine.progress import Progress
+from shoal.engine.replicas import make_equal
+from shoal.engine.stopping import StopRule
+from shoal.engine.validation import Validator
+from shoal.errors import CheckpointError, JobError, PeerLostError, RunError, ShoalError
+from shoal.events import EventLog
+from shoal.job.job import Job
+from shoal.job.target import Target, code_of
+from shoal.plan import Plan, load_plan, plan_hash
+from shoal.run import Run
+from shoal.strategy.topology import Topology
+from shoal.wire.rendezvous import Identity, Membership, identity_from, join, leave, start_collectives
+
+_PACKAGE = str(Path(__file__).parents[1])
+
+
+def main() -> None:
+    """Run one rank and end the process; nothing returns from here."""
+    run, resume = Run(Path(sys.argv[1])), "--resume" in sys.argv[2:]
+    identity = identity_from(os.environ)
+    with EventLog(run.events / f"rank-{identity.rank}.jsonl", f"rank-{identity.rank}") as log:
+        try:
+            _work(run, identity, log, resume=resume)
+            code = 0
+        except BaseException as error:
+            _report(error, log)
+            code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # not sys.exit: after a failure the communication thread may wait for a peer for ever
+
+
+def _work(run: Run, identity: Identity, log: EventLog, *, resume: bool) -> None:
+    logging.captureWarnings(True)
+    stop_request = control.listen(os.environ)
+    plan = load_plan(run.plan)
+    target = _target(run)
+    membership = join(identity, _fingerprint(plan, target))
+    topology = Topology(identity.rank, membership.nodes)
+    device = build.choose_device(plan.compute, topology)
+    build.set_threads(plan.compute, topology)
+    start_collectives(membership, device)
+    job = target.load()
+    loop = _assemble(run, plan, job, membership, topology, device, log, stop_request, resume=resume)
+    _announce(log, plan, target, topology, device, loop)
+    started = time.perf_counter()
+    reason = loop.run()
+    _conclude(loop, job, log, reason, time.perf_counter() - started, topology.rank)
+    loop.close()
+    leave(membership)
+
+
+def _assemble(
+    run: Run,
+    plan: Plan,
+    job: Job,
+    membership: Membership,
+    topology: Topology,
+    device: torch.device,
+    log: EventLog,
+    stop_request: control.StopRequest,
+    *,
+    resume: bool,
+) -> Loop:
+    parts = build.build_parts(job, plan, topology, device)
+    rank, world_size = topology.rank, topology.world_size
+    archive = Archive(run.checkpoints, keep=plan.checkpoint.keep, keep_best=plan.checkpoint.best)
+    checkpoints = CheckpointSession(membership.store, rank, world_size, archive, log, device)
+    state = checkpoints.restore() if resume else None
+    progress = restore(parts, state) if state else Progress()
+    del state
+    make_equal(parts.model)
+    sync = build.build_sync(plan, topology)
+    transports = build.build_transports(sync.groups, topology, membership, device)
+    forward = Forward(parts.model, job.loss, device, plan.compute.precision)
+    if rank == 0:
+        for message in build.no_effect(plan, sync, topology, parts, job):
+            log.write("warning", message=message)
+    crew = Crew(
+        parts=parts,
+        forward=forward,
+        exchange=GradientExchange(parts.model, sync, transports, device, rank, world_size, plan.sync.bucket_mb),
+        checkpoints=checkpoints,
+        validator=_validator(plan, job, parts, forward, topology),
+        stop_rule=StopRule(plan.stop),
+        stop_request=stop_request,
+        log=log,
+    )
+    config = LoopConfig(
+        rank=rank,
+        clip_norm=plan.compute.clip_norm,
+        validate_every=plan.validation.every,
+        checkpoint_every=plan.checkpoint.every,
+        keep_best=plan.checkpoint.best,
+    )
+    return Loop(config, crew, progress)
+
+
+def _validator(plan: Plan, job: Job, parts: build.Parts, forward: Forward, topology: Topology) -> Validator | None:
+    if parts.validation is None:
+        if plan.stop.until or plan.stop.patience:
+            raise JobError(
+                "stop.until and stop.patience look at validation, but the job's data has no validation part; return a "
+                "pair (training, validation)"
+            )
+        return None
+    return Validator(
+        dataset=parts.validation,
+        forward=forward,
+        metrics=job.metrics,
+        rank=topology.rank,
+        world_size=topology.world_size,
+        batch_size=-(-plan.batch.size // (topology.world_size * plan.batch.accumulate)),
+        limit=plan.validation.samples,
+        collate=job.collate,
+    )
+
+
+def _target(run: Run) -> Target:
+    info = run.read_info()
+    try:
+        name = str(info["job"])
+        return Target(name=name, arguments=dict(info["arguments"]), code=code_of(name))
+    except KeyError as missing:
+        raise RunError(f"{run.path / 'run.json'} has no {missing.args[0]!r}; is it another version's?") from None
+
+
+def _fingerprint(plan: Plan, target: Target) -> dict[str, str]:
+    return {
+        "plan hash": plan_hash(plan),
+        "job": f"{target.name.rpartition('/')[2]} {dict(target.arguments)}",
+        "code": target.code[:12],
+        "shoal version": __version__,
+        "torch version": torch.__version__,
+    }
+
+
+def _announce(log: EventLog, plan: Plan, target: Target, topology: Topology, device: torch.device, loop: Loop) -> None:
+    parts = loop.parts
+    log.write(
+        "run_started",
+        plan_hash=plan_hash(plan),
+        job=target.name,
+        arguments=dict(target.arguments),
+        world_size=topology.world_size,
+        node=topology.nodes[topology.rank],
+        device=str(device),
+        num_parameters=sum(p.numel() for p in parts.model.parameters()),
+        steps_per_epoch=parts.loader.steps_per_epoch,
+        torch=torch.__version__,
+        shoal=__version__,
+        stop={
+            "steps": plan.stop.steps,
+            "epochs": plan.stop.epochs,
+            "seconds": plan.stop.seconds,
+            "until": plan.stop.until,
+            "patience": plan.stop.patience or None,
+        },
+    )
+
+
+def _conclude(loop: Loop, job: Job, log: EventLog, reason: str, seconds: float, rank: int) -> None:
+    if rank == 0 and job.sample is not None:
+        _show_sample(loop, job, log)
+    progress = loop.progress
+    log.write(
+        "run_finished",
+        reason=reason,
+        steps=progress.step,
+        samples=progress.samples,
+        seconds=seconds,
+        loss=progress.loss,
+        val_loss=progress.val_loss,
+        peak_memory_bytes=_peak_memory_bytes(),
+        bytes_sent=loop.bytes_sent,
+    )
+    if loop.unsaved is not None:
+        raise CheckpointError(f"the final state could not be saved: {loop.unsaved}")
+
+
+def _show_sample(loop: Loop, job: Job, log: EventLog) -> None:
+    assert job.sample is not None
+    model = loop.parts.model.eval()
+    try:
+        with torch.no_grad():
+            log.write("sample", text=str(job.sample(model)))
+    except Exception as error:  # the training is done and saved: what the user's function does must not spoil it
+        log.write("warning", message=f"the job's sample function raised {type(error).__name__}: {error}")
+
+
+def _peak_memory_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _report(error: BaseException, log: EventLog) -> None:
+    text = "".join(traceback.format_exception(error))
+    print(text, file=sys.stderr, flush=True)
+    fields: dict[str, Any] = {"error": type(error).__name__, "message": str(error), "traceback": _trim(error)}
+    fields["symptom"] = isinstance(error, PeerLostError)
+    log.write("error", **fields)
+
+
+def _trim(error: BaseException) -> str:
+    """The traceback from the user's own code on: what Shoal did to get there is of no use to them."""
+    if isinstance(error, ShoalError):
+        return ""
+    stack = traceback.TracebackException.from_exception(error)
+    frames = list(stack.stack)
+    while frames and frames[0].filename.startswith(_PACKAGE):
+        frames.pop(0)
+    stack.stack = traceback.StackSummary.from_list(frames or list(stack.stack))
+    return "".join(stack.format())
+
+
+if __name__ == "__main__":
+    main()

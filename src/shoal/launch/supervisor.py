@@ -1,0 +1,203 @@
+"""Starts the workers of one run, watches them, and reports their end.
+
+Workers live in sessions of their own, so that a Ctrl-C reaches only the supervisor, which asks them for a clean stop.
+Each holds our pipe as its standard input and ends at once when the pipe does: nothing outlives the launcher, not even
+one that was killed by `kill -9`. When one worker fails, the others have a few seconds to notice and are then killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+from shoal.errors import RendezvousError
+from shoal.events import Event, EventLog, EventReader
+from shoal.launch.failure import explain
+from shoal.launch.placement import Placement, Seating
+from shoal.run import Run
+
+_POLL_S = 0.1
+_GRACE_S = 3.0
+
+
+@dataclass
+class _Worker:
+    placement: Placement
+    process: subprocess.Popen[bytes]
+    reported: bool = False
+    killed: bool = False
+
+
+class Supervisor:
+    """Runs all workers of a seating to their end."""
+
+    def __init__(
+        self,
+        seating: Seating,
+        run: Run,
+        *,
+        resume: bool,
+        watch: Callable[[list[Event]], None],
+        notice: Callable[[str], None],
+    ) -> None:
+        """Prepare; `run` starts the processes.
+
+        Args:
+            watch: is given new events a few times a second, and once at the end.
+            notice: is given sentences for the person at the terminal.
+        """
+        self._seating = seating
+        self._run = run
+        self._resume = resume
+        self._watch = watch
+        self._notice = notice
+        self._workers: list[_Worker] = []
+        self._failed: dict[int, int] = {}  # rank -> exit code, of those that ended badly by themselves, first to last
+        self._interrupts = 0
+
+    def run(self) -> None:
+        """Start every worker and wait for all.
+
+        Raises:
+            WorkerFailedError: one failed; the message tells which, why, and where it happened.
+            RendezvousError: the port to meet at is taken.
+            KeyboardInterrupt: a second Ctrl-C; all workers have been killed.
+        """
+        started = time.time()
+        reader = EventReader(self._run.events)
+        reader.poll()  # a resumed run's past
+        handlers = self._take_signals()
+        try:
+            with EventLog(self._run.events / "launcher.jsonl", "launcher") as log:
+                self._start()
+                self._follow(reader, log)
+                self._watch(reader.poll())
+            if self._failed:
+                raise explain(self._run, self._failed, since=started)
+        finally:
+            self._kill()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def _start(self) -> None:
+        listener = _listen(self._seating) if self._seating.port == 0 or not self._seating.placements[0].prefix else None
+        try:
+            port = listener.getsockname()[1] if listener else self._seating.port
+            for placement in self._seating.placements:
+                self._workers.append(self._spawn(placement, port, listener))
+        finally:
+            if listener is not None:
+                listener.close()
+
+    def _spawn(self, placement: Placement, port: int, listener: socket.socket | None) -> _Worker:
+        handed = listener.fileno() if listener is not None and placement.rank == 0 else None
+        env = {
+            **os.environ,
+            "RANK": str(placement.rank),
+            "WORLD_SIZE": str(len(self._seating.placements)),
+            "LOCAL_RANK": str(placement.local_rank),
+            "MASTER_ADDR": self._seating.address,
+            "MASTER_PORT": str(port),
+            "SHOAL_NODE": placement.node,
+            "SHOAL_CONTROL": "stdin",
+            "PYTHONUNBUFFERED": "1",
+            **placement.env,
+        }
+        env |= {"SHOAL_LISTEN_FD": str(handed)} if handed is not None else {}
+        command = [*placement.prefix, sys.executable, "-m", "shoal.engine.worker", str(self._run.path)]
+        command += ["--resume"] if self._resume else []
+        with (self._run.logs / f"rank-{placement.rank}.log").open("ab") as output:
+            process = subprocess.Popen(
+                command,
+                env=env,
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                pass_fds=(handed,) if handed is not None else (),
+            )
+        return _Worker(placement, process)
+
+    def _follow(self, reader: EventReader, log: EventLog) -> None:
+        deadline: float | None = None
+        while True:
+            for worker in self._workers:
+                if worker.process.poll() is not None and not worker.reported:
+                    worker.reported = True
+                    code, rank = worker.process.returncode, worker.placement.rank
+                    log.write("worker_exited", rank=rank, pid=worker.process.pid, exit_code=code)
+                    if code != 0 and not worker.killed:
+                        self._failed[rank] = code
+                        deadline = deadline or time.monotonic() + _GRACE_S
+            if all(worker.reported for worker in self._workers):
+                return
+            if self._interrupts > 1:
+                raise KeyboardInterrupt
+            if deadline is not None and time.monotonic() > deadline:
+                self._kill()
+            self._watch(reader.poll())
+            time.sleep(_POLL_S)
+
+    def _take_signals(self) -> dict[int, Any]:
+        """Ctrl-C, SIGTERM and a closed terminal ask for a clean stop, a second time for an immediate one."""
+        if threading.current_thread() is not threading.main_thread():
+            return {}
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        return {number: signal.signal(number, self._on_signal) for number in numbers}
+
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        self._interrupts += 1
+        if self._interrupts == 1:
+            self._notice("stopping after this step and saving a checkpoint; once more stops at once")
+            for worker in self._workers:
+                _ask_to_stop(worker.process)
+
+    def _kill(self) -> None:
+        """Kill what still runs, with the processes it started, and collect it."""
+        for worker in self._workers:
+            if worker.process.poll() is None:
+                worker.killed = True
+                _kill_group(worker.process.pid)
+        for worker in self._workers:
+            worker.process.wait()
+            _kill_group(worker.process.pid)  # a data loader's process, say, whose parent is gone
+            if worker.process.stdin is not None:
+                worker.process.stdin.close()
+
+
+def _listen(seating: Seating) -> socket.socket:
+    """A listening socket for rank 0 to inherit: no one can take the port in between."""
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((seating.address, seating.port))
+        listener.listen(max(128, len(seating.placements)))
+    except OSError as error:
+        listener.close()
+        raise RendezvousError(
+            f"cannot listen at {seating.address}:{seating.port}: {error.strerror}; name another --port, or leave it "
+            "out to have a free one chosen"
+        ) from None
+    return listener
+
+
+def _ask_to_stop(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(BrokenPipeError, ValueError):  # it may have ended already
+        if process.stdin is not None:
+            process.stdin.write(b"stop\n")
+            process.stdin.flush()
+
+
+def _kill_group(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)

@@ -1,0 +1,181 @@
+"""`shoal.train`: from a job, a plan and some nodes to a finished run."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
+
+from shoal.cluster.description import Cluster, load_cluster, parse_lab
+from shoal.dashboard.history import History, fold, summary
+from shoal.dashboard.report import read_history, write_report
+from shoal.errors import UsageError
+from shoal.events import Event, read_events
+from shoal.job.job import Job
+from shoal.job.target import Target, resolve, target_of
+from shoal.launch import local
+from shoal.launch.lab.lab import Lab
+from shoal.launch.placement import Seating
+from shoal.launch.supervisor import Supervisor
+from shoal.plan import Plan, check_resumable, dump_plan, load_plan, plan_hash, resolve_plan, with_flags
+from shoal.run import Run, open_run, write_atomic
+
+
+class Limits(TypedDict, total=False):
+    """When to stop, over what the plan says: see `plan.schema.StopConfig`."""
+
+    steps: int
+    epochs: int
+    seconds: float
+    until: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Where:
+    """On what to train.
+
+    Attributes:
+        nodes: the number of workers; default 1, or the lab's.
+        on: "local" (processes on this machine) or "lab" (an emulated network on this machine).
+        lab: the lab's description, e.g. "nodes=4,link=100mbit,cpu=0.5", or a cluster.toml.
+        port: where rank 0 listens, on local; 0 takes a free one.
+    """
+
+    nodes: int | None = None
+    on: str = "local"
+    lab: str | None = None
+    port: int = 0
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run: its directory, and the figures that `shoal train --json` prints."""
+
+    run: Path
+    summary: Mapping[str, Any]
+
+
+def train(
+    job: str | Target | Callable[..., Job],
+    *,
+    plan: Plan | Path | str | None = None,
+    nodes: int | None = None,
+    on: str = "local",
+    lab: str | None = None,
+    run: Path | str | None = None,
+    resume: bool = False,
+    **limits: Unpack[Limits],
+) -> Result:
+    """Train `job` and return when it has ended.
+
+    Args:
+        job: `path.py:function`, or a function at the top level of a file, that returns a Job.
+        plan: a Plan or a plan file; default: all-reduce over all ranks.
+        nodes, on, lab: see `Where`.
+        run: the run directory; default: a new one under `runs/`.
+        resume: continue the run there from its newest whole checkpoint.
+        limits: steps, epochs, seconds, until; they go before the plan's.
+
+    Raises:
+        UsageError: something given does not fit.
+        WorkerFailedError: a worker failed; the message tells which and why.
+    """
+    target = job if isinstance(job, Target) else resolve(job) if isinstance(job, str) else target_of(job, {})
+    where = Where(nodes=nodes, on=on, lab=lab)
+    folder = Path(run) if run is not None else None
+    return execute(target, plan, where, folder, resume=resume, limits=limits)
+
+
+def execute(
+    target: Target,
+    plan: Plan | Path | str | None,
+    where: Where,
+    folder: Path | None,
+    *,
+    resume: bool,
+    limits: Limits,
+    show: Callable[[History], None] = lambda _: None,
+    notice: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
+) -> Result:
+    """What `train` and the command line share. `show` is given the growing history a few times a second."""
+    cluster = _cluster(where)
+    world_size = cluster.world_size if cluster else where.nodes or 1
+    wanted = load_plan(Path(plan)) if isinstance(plan, str | Path) else plan
+    run = open_run(folder, target.short_name, resume=resume) if resume else None
+    resolved = _resume_plan(run, target, wanted, limits, world_size) if run else _fresh_plan(wanted, limits, world_size)
+    run = run or open_run(folder, target.short_name, resume=False)
+    _store(run, target, resolved)
+    history = History()
+
+    def watch(events: list[Event]) -> None:
+        show(fold(events, history))
+
+    if resume:
+        fold(_past(run), history)
+    with _seating(where, cluster, world_size) as seating:
+        Supervisor(seating, run, resume=resume, watch=watch, notice=notice).run()
+    write_report(run)
+    return Result(run.path, summary(read_history(run), str(run.path)))
+
+
+def _cluster(where: Where) -> Cluster | None:
+    if where.on not in ("local", "lab"):
+        raise UsageError(f"--on got {where.on!r}, expected local or lab")
+    if where.nodes is not None and where.nodes < 1:
+        raise UsageError(f"--nodes got {where.nodes}, expected at least 1")
+    if where.on == "local":
+        if where.lab is not None:
+            raise UsageError("--lab describes an emulated cluster, but --on is local; add --on lab")
+        return None
+    described = where.lab or f"nodes={where.nodes or 4}"
+    cluster = load_cluster(Path(described)) if described.endswith(".toml") else parse_lab(described)
+    if where.nodes is not None and where.nodes != len(cluster.nodes):
+        raise UsageError(
+            f"--nodes is {where.nodes}, but --lab describes {len(cluster.nodes)} nodes; leave --nodes away"
+        )
+    return cluster
+
+
+def _fresh_plan(plan: Plan | None, limits: Limits, world_size: int) -> Plan:
+    return resolve_plan(with_flags(plan or Plan(), {"stop": limits} if limits else {}), world_size)
+
+
+def _resume_plan(run: Run, target: Target, plan: Plan | None, limits: Limits, world_size: int) -> Plan:
+    """The run's own plan; only when to stop may be new. A limit that is given replaces all of the old ones."""
+    before = load_plan(run.plan)
+    info = run.read_info()
+    if (info.get("job"), info.get("arguments")) != (target.name, dict(target.arguments)):
+        raise UsageError(
+            f"cannot resume: {run.path} trained {info.get('job')} with {info.get('arguments')}, not {target.name} with "
+            f"{dict(target.arguments)}"
+        )
+    now = before
+    if plan is not None:
+        now = dataclasses.replace(resolve_plan(plan, world_size), seed=plan.seed)
+        check_resumable(before, now)
+    if limits:
+        cleared = dataclasses.replace(now.stop, steps=None, epochs=None, seconds=None, until=None)
+        now = with_flags(dataclasses.replace(now, stop=cleared), {"stop": limits})
+    return resolve_plan(now, world_size)
+
+
+def _store(run: Run, target: Target, plan: Plan) -> None:
+    write_atomic(run.plan, dump_plan(plan).encode())
+    run.write_info({"job": target.name, "arguments": dict(target.arguments), "plan_hash": plan_hash(plan)})
+
+
+def _past(run: Run) -> list[Event]:
+    return read_events(run.events)
+
+
+@contextlib.contextmanager
+def _seating(where: Where, cluster: Cluster | None, world_size: int) -> Iterator[Seating]:
+    if cluster is None:
+        yield local.seating(world_size, where.port)
+        return
+    with Lab(cluster) as lab:
+        yield lab.seating()
