@@ -26,6 +26,8 @@ _TOML_NAMES: dict[type, str] = {bool: "boolean", str: "string", int: "integer", 
 STRICT = pydantic.ConfigDict(extra="forbid", strict=True)
 """Set as `__pydantic_config__` of each config dataclass: unknown keys and loose types are refused."""
 
+_UNKNOWN_KEY = ("unexpected_keyword_argument", "extra_forbidden")
+
 
 def parse(text: str, *, origin: str, error: type[UsageError]) -> dict[str, Any]:
     """Parse TOML text. `origin` (a file's name) and the line stand in the message of the `error` raised."""
@@ -58,11 +60,17 @@ def build(cls: type[T], values: dict[str, Any], *, text: str, origin: str, error
         document = json.dumps(values, default=str)
         return typing.cast(T, _adapter(typing.cast(Hashable, cls)).validate_json(document))
     except pydantic.ValidationError as mistakes:
-        mistake = mistakes.errors()[0]
+        mistake = _most_telling(mistakes.errors())
         path = _keys(cls, mistake["loc"])
         line = line_of(text, path)
         where = f"{origin}:{line}" if line else origin
         raise error(f"{where}: {_sentence(cls, path, mistake)}") from None
+
+
+def _most_telling(mistakes: list[Any]) -> Any:
+    """An unknown key before all else: a required key that is misspelt is also missing, which says less."""
+    unknown = (mistake for mistake in mistakes if mistake["type"] in _UNKNOWN_KEY)
+    return next(unknown, mistakes[0])
 
 
 def line_of(text: str, path: list[str]) -> int:
@@ -140,7 +148,7 @@ def _sentence(cls: type, path: list[str], mistake: Any) -> str:
     name = ".".join(path) or "the document"
     got = mistake["input"]
     match mistake["type"]:
-        case "unexpected_keyword_argument" | "extra_forbidden":
+        case kind if kind in _UNKNOWN_KEY:
             fields = _names_at(cls, path[:-1])
             table = ".".join(path[:-1])
             holder = f"[{table}]" if table else "the top level"

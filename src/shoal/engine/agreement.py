@@ -1,7 +1,7 @@
-"""What all ranks must know about a step before it counts: one small vector, summed exactly with the gradients.
+"""What all ranks must know about a step before it counts: a few numbers, summed exactly, on their way while backward runs.
 
-It carries the loss, a flag for each rank whose loss is not finite, votes to stop, and which parameters have a gradient
-anywhere. Every rank reads the same sums, so all decide alike without another message.
+They carry the loss, a flag for each rank whose loss is not finite, and votes to stop. Every rank reads the same sums, so
+all decide alike. They leave before the gradients: behind them they would wait in the queues of a slow link.
 """
 
 from __future__ import annotations
@@ -27,43 +27,32 @@ class Verdict:
         loss: the mean over the global batch.
         non_finite_ranks: ranks whose own loss was NaN or infinite.
         stop: somebody asked to stop after this step.
-        used: for each parameter, on how many ranks it has a gradient.
     """
 
     loss: float
     non_finite_ranks: list[int]
     stop: bool
-    used: list[float]
 
 
 class Agreement:
-    """The vector of one run: [loss, stop votes, a flag a rank, a flag a parameter], float64."""
+    """The vector of one run: [loss, stop votes, a flag a rank], float64."""
 
-    def __init__(
-        self, rank: int, world_size: int, num_parameters: int, allocate: Callable[[int, torch.dtype], Memory]
-    ) -> None:
+    def __init__(self, rank: int, world_size: int, allocate: Callable[[int, torch.dtype], Memory]) -> None:
         self._rank = rank
-        self._world_size = world_size
-        memory = allocate(_HEAD + world_size + num_parameters, torch.float64)
-        self.bucket = Bucket("agreement", memory.source, memory.target, memory.portion)
+        size = _HEAD + world_size
+        self.bucket = Bucket.over("agreement", allocate(size, torch.float64), size)
 
-    def propose(self, weighted_loss: float, used: Tensor, *, stop: bool) -> None:
-        """Write this rank's part. `weighted_loss`: its share's part of the global mean."""
-        head = torch.zeros(_HEAD + self._world_size, dtype=torch.float64)
-        finite = math.isfinite(weighted_loss)
-        head[_LOSS] = weighted_loss if finite else 0.0
-        head[_STOP] = float(stop)
-        head[_HEAD + self._rank] = float(not finite)
-        self.bucket.source.copy_(torch.cat([head, used]))
+    def propose(self, weighted_loss: Tensor, *, stop: bool) -> None:
+        """Write this rank's part. `weighted_loss`: its share's part of the global mean, a scalar on any device."""
+        part = self.bucket.source
+        finite = weighted_loss.isfinite()
+        part.zero_()
+        part[_LOSS] = weighted_loss.nan_to_num(0.0, 0.0, 0.0)
+        part[_STOP] = float(stop)
+        part[_HEAD + self._rank] = finite.logical_not()
 
     def read(self) -> Verdict:
         """Read the sums, after the exchange of `bucket`."""
         values = self.bucket.target.tolist()
-        flags = values[_HEAD : _HEAD + self._world_size]
-        bad = [rank for rank, flag in enumerate(flags) if flag > 0]
-        return Verdict(
-            loss=math.nan if bad else values[_LOSS],
-            non_finite_ranks=bad,
-            stop=values[_STOP] > 0,
-            used=values[_HEAD + self._world_size :],
-        )
+        bad = [rank for rank, flag in enumerate(values[_HEAD:]) if flag > 0]
+        return Verdict(math.nan if bad else values[_LOSS], bad, values[_STOP] > 0)

@@ -11,7 +11,7 @@ as it would on a single process, so that the optimizer passes it over.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,8 @@ from shoal.errors import JobError
 from shoal.strategy.bucket import Bucket
 from shoal.wire.transport import Memory
 
-Allocate = Callable[[int, torch.dtype], Memory]
+Allocate = Callable[[int, int, torch.dtype], Memory]
+"""(bucket's number, values, dtype) -> flat memory."""
 _ALIGNMENT_BYTES = 64
 
 
@@ -45,7 +46,7 @@ class GradientBuckets:
         named_parameters: Iterable[tuple[str, nn.Parameter]],
         bucket_bytes: int,
         allocate: Allocate,
-        send: Callable[[Bucket], None],
+        send: Callable[[int, Bucket], None],
     ) -> None:
         """Lay out the buckets and hook the parameters.
 
@@ -53,7 +54,7 @@ class GradientBuckets:
             named_parameters: each tensor once (tied parameters have one name); frozen ones are passed over.
             bucket_bytes: a bucket is closed when it holds as much.
             allocate: makes flat memory; called in the same order on every rank.
-            send: called once a step for each bucket, in order, when all its gradients are there.
+            send: called with each bucket and its number once a step, in order, when all its gradients are there.
         """
         self._send = send
         trainable = [(name, p) for name, p in named_parameters if p.requires_grad]
@@ -61,15 +62,11 @@ class GradientBuckets:
         self._slots: list[_Slot] = []
         for group in _group(list(reversed(trainable)), bucket_bytes):
             self._lay_out(group, allocate)
+        self._slots_of = [[s for s in self._slots if s.bucket == index] for index in range(len(self.buckets))]
         self._missing = [0] * len(self.buckets)
         self._next = 0
         self._sending = False
         self._hooks = [slot.parameter.register_post_accumulate_grad_hook(self._hook(slot)) for slot in self._slots]
-
-    @property
-    def num_parameters(self) -> int:
-        """The number of trainable parameter tensors."""
-        return len(self._slots)
 
     def begin(self) -> None:
         """A new step: no gradient is there yet."""
@@ -79,29 +76,19 @@ class GradientBuckets:
 
     def begin_last_backward(self) -> None:
         """From now on a bucket is sent as soon as it is full."""
-        for index in range(len(self.buckets)):
-            self._missing[index] = 0
-        for slot in self._slots:
-            self._missing[slot.bucket] += 1
+        self._missing = [len(slots) for slots in self._slots_of]
         self._next = 0
         self._sending = True
 
-    def end_last_backward(self) -> Tensor:
-        """Send what backward did not fill.
-
-        Returns:
-            1.0 for each parameter that has a gradient on this rank, else 0.0; shape (num_parameters,), float64.
-        """
+    def end_last_backward(self) -> None:
+        """Send what backward did not fill."""
         self._sending = False
-        for slot in self._slots:
-            if not slot.filled:
-                slot.source.zero_()
-        for bucket in self.buckets[self._next :]:
-            self._send(bucket)
-        return torch.tensor([float(slot.filled) for slot in self._slots], dtype=torch.float64)
+        while self._next < len(self.buckets):
+            self._send_next()
 
-    def install(self, used: Sequence[float]) -> None:
-        """Point every parameter's gradient at the reduced values; None where no rank had one (`used[i] == 0`)."""
+    def install(self) -> None:
+        """Point every parameter's gradient at the reduced values; None where no rank had one."""
+        used = torch.cat([bucket.target[bucket.num_values :] for bucket in self.buckets]).tolist()
         for slot, count in zip(self._slots, used, strict=True):
             slot.parameter.grad = slot.target if count > 0 else None
 
@@ -112,10 +99,10 @@ class GradientBuckets:
 
     def _lay_out(self, group: list[tuple[str, nn.Parameter]], allocate: Allocate) -> None:
         dtype = group[0][1].dtype
-        offsets, total = _offsets([p.numel() for _, p in group], dtype.itemsize)
-        memory = allocate(total, dtype)
+        offsets, num_values = _offsets([p.numel() for _, p in group], dtype.itemsize)
         index = len(self.buckets)
-        self.buckets.append(Bucket(f"bucket-{index}", memory.source, memory.target, memory.portion))
+        memory = allocate(index, num_values + len(group), dtype)
+        self.buckets.append(Bucket.over(f"bucket-{index}", memory, num_values))
         for (name, p), offset in zip(group, offsets, strict=True):
             source, target = (
                 flat[offset : offset + p.numel()].view(p.shape) for flat in (memory.source, memory.target)
@@ -139,8 +126,18 @@ class GradientBuckets:
 
     def _send_full(self) -> None:
         while self._next < len(self.buckets) and self._missing[self._next] == 0:
-            self._send(self.buckets[self._next])
-            self._next += 1
+            self._send_next()
+
+    def _send_next(self) -> None:
+        bucket = self.buckets[self._next]
+        slots = self._slots_of[self._next]
+        for slot in slots:
+            if not slot.filled:
+                slot.source.zero_()
+        flags = torch.tensor([slot.filled for slot in slots], dtype=bucket.source.dtype)
+        bucket.source[bucket.num_values :].copy_(flags, non_blocking=True)
+        self._send(self._next, bucket)
+        self._next += 1
 
 
 def _group(parameters: list[tuple[str, nn.Parameter]], bucket_bytes: int) -> list[list[tuple[str, nn.Parameter]]]:

@@ -91,17 +91,23 @@ def build_sync(plan: Plan, topology: Topology) -> AllReduceSync:
     return SYNCS[plan.sync.kind](plan.sync, CODECS[plan.codec.kind](), topology)
 
 
-def build_transports(
-    groups: set[str], topology: Topology, membership: Membership, device: torch.device
+def build_lanes(
+    sync: AllReduceSync, topology: Topology, membership: Membership, device: torch.device
+) -> list[dict[str, Transport]]:
+    """Connect this rank to the groups that a sync needs, once for each lane. Collective."""
+    return [_build_lane(lane, sync.groups, topology, membership, device) for lane in range(sync.num_lanes(device.type))]
+
+
+def _build_lane(
+    lane: int, groups: set[str], topology: Topology, membership: Membership, device: torch.device
 ) -> dict[str, Transport]:
-    """Connect this rank to the groups that a sync needs. Collective."""
     transports: dict[str, Transport] = {}
     if WORLD in groups:
         transports[WORLD] = TorchTransport(topology.members(WORLD), topology.rank, device)
     if LEADERS in groups:
         transports[LEADERS] = TorchTransport(topology.leaders, topology.rank, device)
     if NODE in groups:
-        transports[NODE] = _node_transport(topology, membership, device)
+        transports[NODE] = _node_transport(lane, topology, membership, device)
     return transports
 
 
@@ -119,10 +125,10 @@ def no_effect(plan: Plan, sync: AllReduceSync, topology: Topology, parts: Parts,
     return idle
 
 
-def _node_transport(topology: Topology, membership: Membership, device: torch.device) -> Transport:
+def _node_transport(lane: int, topology: Topology, membership: Membership, device: torch.device) -> Transport:
     local = topology.local_ranks
     if device.type == "cpu" and shared_memory.available():
-        prefix = f"node/{topology.nodes[topology.rank]}/"
+        prefix = f"lane/{lane}/node/{topology.nodes[topology.rank]}/"
         return shared_memory.SharedMemoryTransport(
             local.index(topology.rank),
             len(local),

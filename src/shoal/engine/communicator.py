@@ -1,10 +1,12 @@
-"""The engine's interpreter: performs exchanges on real transports, on one thread, in the order they are submitted.
+"""The engine's interpreter: performs exchanges on real transports, in lanes.
 
-One thread and one order, the same on every rank, is what keeps collectives from interleaving differently on different
-ranks. The thread runs beside backward: transports wait without holding Python's lock.
+A lane is one thread with transports of its own, and performs what it is given in the order it was submitted. One order,
+the same on every rank, is what keeps collectives from interleaving differently on different ranks. Two lanes keep a
+link busy while one of them waits for the last hop of its collective. Threads run beside backward: transports wait
+without holding Python's lock.
 
-On a GPU the thread issues its work on a stream of its own, behind what the training stream had queued at submission;
-`wait` makes the training stream wait for it, not the CPU.
+On a GPU a lane issues its work on a stream of its own, behind what the training stream had queued at submission; `wait`
+makes the training stream wait for it, not the CPU.
 """
 
 from __future__ import annotations
@@ -30,24 +32,24 @@ def perform(exchange: Exchange, transports: Mapping[str, Transport]) -> Any:
         answer = transports[op.group].perform(op)
 
 
-class Communicator:
-    """The communication thread of one rank."""
+class Lane:
+    """One communication thread of one rank."""
 
     def __init__(self, transports: Mapping[str, Transport], device: torch.device) -> None:
         """`transports` by group name; all belong to this object from now on."""
-        self._transports = transports
+        self.transports = transports
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="shoal-communication")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @property
     def bytes_sent(self) -> int:
         """Payload bytes that this rank has put on the network so far."""
-        return sum(transport.bytes_sent for transport in self._transports.values())
+        return sum(transport.bytes_sent for transport in self.transports.values())
 
     def submit(self, exchange: Exchange) -> Future[Any]:
         """Queue an exchange behind all that were submitted before; give the future to `wait`."""
         if self._stream is None:
-            return self._executor.submit(perform, exchange, self._transports)
+            return self._executor.submit(perform, exchange, self.transports)
         ready = torch.cuda.Event()
         ready.record()
         return self._executor.submit(self._perform_on_stream, exchange, ready)
@@ -60,13 +62,13 @@ class Communicator:
         return value
 
     def close(self) -> None:
-        """End the thread and the transports; what is still queued is dropped."""
+        """End the thread and its transports; what is still queued is dropped."""
         self._executor.shutdown(wait=False, cancel_futures=True)
-        for transport in self._transports.values():
+        for transport in self.transports.values():
             transport.close()
 
     def _perform_on_stream(self, exchange: Exchange, ready: torch.cuda.Event) -> Any:
         assert self._stream is not None
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(ready)
-            return perform(exchange, self._transports)
+            return perform(exchange, self.transports)

@@ -103,15 +103,15 @@ class Loop:
         batch = next(batches)
         loaded = time.perf_counter()
         crew.exchange.begin()
-        loss = self._backward(batch)
+        self._backward(batch)
         computed = time.perf_counter()
-        verdict = crew.exchange.finish(loss, stop=self._wants_to_stop(), idle=batch.share == 0)
+        verdict = crew.exchange.finish()
         self._check_finite(verdict)
         if self._config.clip_norm is not None:
             crew.exchange.clip(self._config.clip_norm)
         waited = time.perf_counter()
         rate = crew.parts.optimizer.param_groups[0]["lr"]
-        self._update(verdict)
+        self._update()
         ended = time.perf_counter()
         self._advance(batch, verdict)
         crew.log.write(
@@ -131,21 +131,25 @@ class Loop:
         )
         return verdict.stop
 
-    def _backward(self, batch: Batch) -> torch.Tensor:
-        """Accumulate the gradient of this rank's part of the global mean; return that part of the loss."""
-        total = torch.zeros(())
+    def _backward(self, batch: Batch) -> None:
+        """Accumulate the gradient of this rank's part of the global mean, and start to exchange it."""
+        exchange, total = self._crew.exchange, torch.zeros(())
         last = len(batch.micro_batches) - 1
         for index, (count, samples) in enumerate(batch.micro_batches):
             loss, _, _ = self._crew.forward(samples)
             part = loss * (count / batch.size)
-            self._crew.exchange.before_backward(last=index == last)
+            total = total.to(part.device) + part.detach()
+            if index == last:
+                exchange.before_last_backward(total, stop=self._wants_to_stop())
+            else:
+                exchange.before_backward()
             part.backward()
-            total = part.detach() + total.to(part.device)
-        return total
+        if not batch.micro_batches:
+            exchange.before_last_backward(total, stop=self._wants_to_stop())
 
-    def _update(self, verdict: Verdict) -> None:
+    def _update(self) -> None:
         parts = self._crew.parts
-        self._crew.exchange.install(verdict)
+        self._crew.exchange.install()
         self._crew.checkpoints.before_update()
         parts.optimizer.step()
         if parts.schedule is not None:

@@ -97,7 +97,7 @@ def _assemble(
     del state
     make_equal(parts.model)
     sync = build.build_sync(plan, topology)
-    transports = build.build_transports(sync.groups, topology, membership, device)
+    lanes = build.build_lanes(sync, topology, membership, device)
     forward = Forward(parts.model, job.loss, device, plan.compute.precision)
     if rank == 0:
         for message in build.no_effect(plan, sync, topology, parts, job):
@@ -105,7 +105,7 @@ def _assemble(
     crew = Crew(
         parts=parts,
         forward=forward,
-        exchange=GradientExchange(parts.model, sync, transports, device, rank, world_size, plan.sync.bucket_mb),
+        exchange=GradientExchange(parts.model, sync, lanes, device, rank, world_size, plan.sync.bucket_mb),
         checkpoints=checkpoints,
         validator=_validator(plan, job, parts, forward, topology),
         stop_rule=StopRule(plan.stop),

@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 from torch import Tensor
+
+from shoal.wire.transport import Memory
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Flat memory of one dtype.
+    """Flat memory of one dtype: values, then one flag a parameter (above 0: it has a gradient somewhere).
+
+    Flags ride with the values they belong to, but no codec touches them.
 
     Attributes:
         name: the same on every rank and for the whole run.
+        num_values: how many of the n places are values; the rest are flags.
         source: what this rank contributes, shape (n,).
-        target: where the reduced values appear, shape (n,); the same memory as `source` unless ranks of one node share
+        target: where the sums appear, shape (n,); the same memory as `source` unless ranks of one node share
             memory. It is valid from the end of the exchange until the next step's fence.
-        portion: the slice of `target` that this rank, and no other, may write after the exchange: all of it where the
-            memory is this rank's own.
+        portion: the slice of `target`'s values that this rank, and no other, may write after the exchange: all of them
+            where the memory is this rank's own.
     """
 
     name: str
+    num_values: int
     source: Tensor
     target: Tensor
     portion: slice
+
+    @classmethod
+    def over(cls, name: str, memory: Memory, num_values: int) -> Self:
+        """A bucket of `num_values` values, and as many flags as `memory` has room for."""
+        first, last = (min(bound, num_values) for bound in (memory.portion.start, memory.portion.stop))
+        return cls(name, num_values, memory.source, memory.target, slice(first, last))

@@ -34,12 +34,14 @@ class AllReduceConfig:
         form: "hierarchical" reduces inside each node first; "flat" sends every rank over the network; "auto" is
             hierarchical wherever a node holds more than one rank.
         bucket_mb: the size, in MB of gradient, at which a bucket is closed and sent.
+        lanes: how many buckets are on the network at once, each over connections of its own; 0 decides by itself.
     """
 
     __pydantic_config__: ClassVar = STRICT
     kind: Literal["allreduce"] = "allreduce"
     form: Literal["auto", "flat", "hierarchical"] = "auto"
     bucket_mb: Annotated[float, pydantic.Field(gt=0, le=1024)] = 4.0
+    lanes: Annotated[int, pydantic.Field(ge=0, le=16)] = 0
 
 
 class AllReduceSync:
@@ -48,6 +50,7 @@ class AllReduceSync:
     def __init__(self, config: AllReduceConfig, codec: Codec, topology: Topology) -> None:
         self._codec = codec
         self._topology = topology
+        self._lanes = config.lanes
         self.hierarchical = config.form != "flat" and topology.has_neighbours
 
     @property
@@ -56,6 +59,13 @@ class AllReduceSync:
         if not self.hierarchical:
             return {WORLD}
         return {NODE, LEADERS} if len(self._topology.leaders) > 1 else {NODE}
+
+    def num_lanes(self, device: str) -> int:
+        """How many exchanges run at once.
+
+        In shared memory one keeps all cores busy; NCCL may deadlock when two communicators run at once.
+        """
+        return self._lanes or (1 if device == "cuda" or self.groups == {NODE} else 2)
 
     def fence(self) -> Exchange:
         """Before gradients are written again: wait until no rank of the node still reads the last step's."""
@@ -72,27 +82,31 @@ class AllReduceSync:
 
     def _exchange(self, bucket: Bucket, codec: Codec | None) -> Exchange:
         if not self.hierarchical:
-            yield from _sum(bucket.source, bucket.target, WORLD, self._topology, codec)
+            yield from _sum(bucket, bucket.source, WORLD, self._topology, codec)
             return
         yield AllReduce(bucket.source, bucket.target, NODE)
         if LEADERS in self.groups:
             if self._topology.is_leader:
-                yield from _sum(bucket.target, bucket.target, LEADERS, self._topology, codec)
+                yield from _sum(bucket, bucket.target, LEADERS, self._topology, codec)
             yield Broadcast(bucket.target, 0, NODE)
 
 
-def _sum(source: Tensor, target: Tensor, group: str, topology: Topology, codec: Codec | None) -> Exchange:
+def _sum(bucket: Bucket, source: Tensor, group: str, topology: Topology, codec: Codec | None) -> Exchange:
+    """Sum `source` (the bucket's, or what its node has summed already) over a group into the bucket's target."""
     members = topology.members(group)
     if codec is None or codec.linear or len(members) == 1:
-        yield AllReduce(source, target, group)
+        yield AllReduce(source, bucket.target, group)
     else:
-        yield from _encoded_sum(source, target, group, len(members), codec)
+        yield from _encoded_sum(bucket, source, group, len(members), codec)
 
 
-def _encoded_sum(source: Tensor, target: Tensor, group: str, size: int, codec: Codec) -> Exchange:
-    length = -(-source.numel() // size)
-    rows = torch.nn.functional.pad(source, (0, size * length - source.numel())).view(size, length)
-    received = yield AllToAll(codec.encode(rows), group)
-    mine = codec.decode(received, like=source).sum(dim=0, keepdim=True)  # (1, length)
+def _encoded_sum(bucket: Bucket, source: Tensor, group: str, size: int, codec: Codec) -> Exchange:
+    values, flags = source[: bucket.num_values], (source[bucket.num_values :] > 0).to(torch.uint8)
+    length = -(-values.numel() // size)
+    rows = torch.nn.functional.pad(values, (0, size * length - values.numel())).view(size, length)
+    encoded = codec.encode(rows)  # (size, bytes)
+    received = yield AllToAll(torch.cat([encoded, flags.expand(size, -1)], dim=1), group)
+    mine = codec.decode(received[:, : encoded.shape[1]].contiguous(), like=source).sum(dim=0, keepdim=True)
     gathered = yield AllGather(codec.encode(mine)[0], group)
-    target.copy_(codec.decode(gathered, like=source).view(-1)[: target.numel()])
+    bucket.target[: bucket.num_values] = codec.decode(gathered, like=source).view(-1)[: bucket.num_values]
+    bucket.target[bucket.num_values :] = received[:, encoded.shape[1] :].sum(dim=0)

@@ -1,0 +1,142 @@
+"""One rank of step_time.py: the same model trained by Shoal, by DistributedDataParallel and alone, in turn."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from shoal.data.loader import Batch, Cursor
+from shoal.engine import build
+from shoal.engine.checkpoint.archive import Archive
+from shoal.engine.checkpoint.session import CheckpointSession
+from shoal.engine.control import StopRequest
+from shoal.engine.exchange import GradientExchange
+from shoal.engine.forward import Forward
+from shoal.engine.loop import Crew, Loop, LoopConfig
+from shoal.engine.progress import Progress
+from shoal.engine.stopping import StopRule
+from shoal.events import EventLog
+from shoal.job.target import resolve
+from shoal.plan import Plan, parse_plan, resolve_plan
+from shoal.strategy.topology import Topology
+from shoal.wire.rendezvous import Membership, identity_from, join, leave, start_collectives
+
+CPU = torch.device("cpu")
+Step = Callable[[], object]
+
+
+def shoal_step(target: str, settings: list[str], plan: Plan, topology: Topology, membership: Membership) -> Step:
+    """Shoal's own loop, event log included."""
+    job = resolve(target, settings).load()
+    parts = build.build_parts(job, plan, topology, CPU)
+    sync = build.build_sync(plan, topology)
+    lanes = build.build_lanes(sync, topology, membership, CPU)
+    forward = Forward(parts.model, job.loss, CPU, plan.compute.precision)
+    folder = Path(tempfile.mkdtemp(prefix="shoal-benchmark-"))
+    log = EventLog(folder / "events.jsonl", f"rank-{topology.rank}")
+    size = topology.world_size
+    exchange = GradientExchange(parts.model, sync, lanes, CPU, topology.rank, size, plan.sync.bucket_mb)
+    archive = Archive(folder, keep=1, keep_best=False)
+    checkpoints = CheckpointSession(membership.store, topology.rank, size, archive, log, CPU)
+    crew = Crew(
+        parts=parts,
+        forward=forward,
+        exchange=exchange,
+        checkpoints=checkpoints,
+        validator=None,
+        stop_rule=StopRule(plan.stop),
+        stop_request=StopRequest(),
+        log=log,
+    )
+    config = LoopConfig(rank=topology.rank, clip_norm=None, validate_every=0, checkpoint_every=0, keep_best=False)
+    loop = Loop(config, crew, Progress())
+    batches = parts.loader.batches(Cursor())
+    return lambda: loop._step(batches)
+
+
+def plain_step(target: str, settings: list[str], plan: Plan, topology: Topology, *, wrap: bool) -> Step:
+    """The loop of PyTorch's own tutorial, over DistributedDataParallel as it comes, or over the bare model."""
+    job = resolve(target, settings).load()
+    parts = build.build_parts(job, plan, topology, CPU)
+    batches: Iterator[Batch] = parts.loader.batches(Cursor())
+    model = DistributedDataParallel(parts.model) if wrap else parts.model
+
+    def step() -> None:
+        [(_, samples)] = next(batches).micro_batches
+        parts.optimizer.zero_grad()
+        loss = job.loss(model, samples)
+        assert isinstance(loss, torch.Tensor)
+        loss.backward()
+        parts.optimizer.step()
+        loss.item()  # as Shoal's loop does: a loss that nobody reads cannot be checked
+
+    return step
+
+
+def sent_bytes() -> int:
+    """What this host's interface has sent so far."""
+    return int(Path(f"/sys/class/net/{os.environ['GLOO_SOCKET_IFNAME']}/statistics/tx_bytes").read_text())
+
+
+def measure(step: Step, num_steps: int) -> tuple[float, float]:
+    """Median seconds a step, and bytes sent a step, over one block that all ranks begin together."""
+    dist.barrier()
+    before, times = sent_bytes(), []
+    for _ in range(num_steps):
+        started = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - started)
+    dist.barrier()
+    return statistics.median(times), (sent_bytes() - before) / num_steps
+
+
+def main() -> None:
+    """Run blocks of every system in turn and print rank 0's figures."""
+    settings: dict[str, Any] = json.loads(sys.argv[1])
+    identity = identity_from(os.environ)
+    membership = join(identity, {})
+    start_collectives(membership, CPU)
+    topology = Topology(identity.rank, membership.nodes)
+    plan = parse_plan(settings["plan"], origin="benchmark")
+    plan = dataclasses.replace(
+        plan, batch=dataclasses.replace(plan.batch, size=topology.world_size * settings["share"])
+    )
+    target, arguments = settings["job"], settings["set"]
+    steps: dict[str, Step] = {}
+    for name in settings["systems"]:
+        if name.startswith("shoal"):
+            codec = name.partition("-")[2] or "none"
+            coded = resolve_plan(parse_plan(f'codec.kind = "{codec}"', origin="benchmark"), topology.world_size)
+            this = dataclasses.replace(resolve_plan(plan, topology.world_size), codec=coded.codec)
+            steps[name] = shoal_step(target, arguments, this, topology, membership)
+        else:
+            this = resolve_plan(plan, topology.world_size)
+            steps[name] = plain_step(target, arguments, this, topology, wrap=name == "ddp")
+    for step in steps.values():
+        measure(step, 2)
+    rounds = []
+    for index in range(settings["rounds"]):
+        names = list(steps)
+        rotated = names[index % len(names) :] + names[: index % len(names)]
+        rounds.append({name: measure(steps[name], settings["steps"]) for name in rotated})
+    if identity.rank == 0:
+        print(json.dumps(rounds))
+    sys.stdout.flush()
+    leave(membership)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
