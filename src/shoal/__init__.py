@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 from shoal._version import __version__
 
 if TYPE_CHECKING:
-    from shoal.errors import ShoalError
+    from shoal.errors import MissingExtra, ShoalError
     from shoal.job import Job, decay_groups, warmup
     from shoal.plan import Plan, load_plan
     from shoal.training import Result, train
 
 _HOME = {
     "Job": "shoal.job",
+    "MissingExtra": "shoal.errors",
     "Plan": "shoal.plan",
     "Result": "shoal.training",
     "ShoalError": "shoal.errors",
@@ -31,7 +32,18 @@ _HOME = {
     "warmup": "shoal.job",
 }
 
-__all__ = ["Job", "Plan", "Result", "ShoalError", "__version__", "decay_groups", "load_plan", "train", "warmup"]
+__all__ = [
+    "Job",
+    "MissingExtra",
+    "Plan",
+    "Result",
+    "ShoalError",
+    "__version__",
+    "decay_groups",
+    "load_plan",
+    "train",
+    "warmup",
+]
 
 
 def __getattr__(name: str) -> Any:

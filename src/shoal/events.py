@@ -7,7 +7,7 @@ needed and `kill -9` loses at most a line that was being written. Every event ha
 | kind | written by | fields beside `t`, `source`, `kind` |
 |---|---|---|
 | run_started | every rank | plan_hash, job, arguments, world_size, node, device, num_parameters, |
-|  |  | torch, shoal, stop |
+|  |  | steps_per_epoch, torch, shoal, stop |
 | resumed | rank 0 | step, checkpoint |
 | step | every rank | step, epoch, loss (global mean), lr, samples (global), share (this rank's samples), step_s, |
 |  |  | data_s, compute_s (forward and backward), wait_s (for the exchange), optimizer_s, |
@@ -18,8 +18,9 @@ needed and `kill -9` loses at most a line that was being written. Every event ha
 | checkpoint_damaged | rank 0 | checkpoint, message |
 | warning | any | message |
 | sample | rank 0 | text (made by the job's `sample` function) |
-| error | any rank | step, error (class name), message, traceback, symptom (true: another rank's failure showed here) |
-| run_finished | every rank | reason, steps, samples, seconds, loss, val_loss, peak_memory_bytes, bytes_sent |
+| error | any rank | error (class name), message, traceback, symptom (true: another rank's failure showed here) |
+| run_finished | every rank | reason, steps, samples, seconds and bytes_sent (of this attempt), loss, val_loss, |
+|  |  | peak_memory_bytes |
 | worker_exited | launcher | rank, pid, exit_code (negative: the signal's number) |
 
 A reader must ignore kinds and fields that it does not know.
@@ -49,7 +50,7 @@ class EventLog:
     def write(self, kind: str, **fields: Any) -> None:
         """Append one event. Non-finite numbers are written as null, which JSON can carry."""
         event = {"t": round(time.time(), 6), "source": self.source, "kind": kind}
-        event |= {name: _finite(value) for name, value in fields.items()}
+        event |= {name: _plain(value) for name, value in fields.items()}
         self._file.write(json.dumps(event, separators=(",", ":")) + "\n")
 
     def close(self) -> None:
@@ -94,11 +95,13 @@ def _parse(data: bytes) -> Iterator[Event]:
             event = json.loads(line)
         except ValueError:
             continue  # a line torn by kill -9; whatever follows it is whole
-        if isinstance(event, dict) and {"t", "source", "kind"} <= event.keys():
+        if isinstance(event, dict) and isinstance(event.get("t"), int | float) and {"source", "kind"} <= event.keys():
             yield event
 
 
-def _finite(value: Any) -> Any:
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

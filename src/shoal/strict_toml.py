@@ -23,7 +23,7 @@ from shoal.errors import UsageError, nearest
 
 T = TypeVar("T")
 _TOML_NAMES: dict[type, str] = {bool: "boolean", str: "string", int: "integer", float: "number", list: "array"}
-STRICT = pydantic.ConfigDict(extra="forbid", strict=True)
+STRICT = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 """Set as `__pydantic_config__` of each config dataclass: unknown keys and loose types are refused."""
 
 _UNKNOWN_KEY = ("unexpected_keyword_argument", "extra_forbidden")

@@ -1,7 +1,7 @@
-"""What all ranks must know about a step before it counts: a few numbers, summed exactly, on their way while backward runs.
+"""What all ranks must know about a step before it counts: a few numbers, summed exactly while backward runs.
 
-They carry the loss, a flag for each rank whose loss is not finite, and votes to stop. Every rank reads the same sums, so
-all decide alike. They leave before the gradients: behind them they would wait in the queues of a slow link.
+They carry the loss, a flag for each rank whose loss is not finite, and votes to stop. Every rank reads the same sums,
+so all decide alike. They leave before the gradients: behind them they would wait in the queues of a slow link.
 """
 
 from __future__ import annotations

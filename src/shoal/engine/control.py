@@ -6,11 +6,10 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 from collections.abc import Mapping
 
-_LAUNCHER_GONE = 3
+_STDIN = 0
 
 
 class StopRequest:
@@ -43,7 +42,8 @@ def listen(env: Mapping[str, str]) -> StopRequest:
 
 
 def _watch(request: StopRequest) -> None:
-    for line in sys.stdin:
-        if line.strip() == "stop":
+    # Not by way of sys.stdin: a forked loader process closes that, and would wait for its lock for ever.
+    while data := os.read(_STDIN, 4096):
+        if b"stop" in data:
             request.set()
-    os._exit(_LAUNCHER_GONE)
+    os.killpg(0, signal.SIGKILL)  # our session: this process and the loader processes it forked

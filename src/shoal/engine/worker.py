@@ -1,7 +1,8 @@
 """The process of one rank: `python -m shoal.engine.worker RUN [--resume]`, started by a launcher or by torchrun.
 
 It reads everything from the run directory, joins the others, trains, and reports its end as an event. Its exit code is
-0 when training ended by itself, 1 when this rank failed or saw another fail, 3 when its launcher went away.
+0 when training ended by itself and 1 when this rank failed or saw another fail; when its launcher goes away, it is
+killed.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from shoal.run import Run
 from shoal.strategy.topology import Topology
 from shoal.wire.rendezvous import Identity, Membership, identity_from, join, leave, start_collectives
 
-_PACKAGE = str(Path(__file__).parents[1])
+_NOT_THE_USERS = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent), "<frozen")
 
 
 def main() -> None:
@@ -233,9 +234,8 @@ def _trim(error: BaseException) -> str:
         return ""
     stack = traceback.TracebackException.from_exception(error)
     frames = list(stack.stack)
-    while frames and frames[0].filename.startswith(_PACKAGE):
-        frames.pop(0)
-    stack.stack = traceback.StackSummary.from_list(frames or list(stack.stack))
+    first = next((i for i, frame in enumerate(frames) if not frame.filename.startswith(_NOT_THE_USERS)), 0)
+    stack.stack = traceback.StackSummary.from_list(frames[first:])
     return "".join(stack.format())
 
 

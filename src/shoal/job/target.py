@@ -152,27 +152,36 @@ def _convert(key: str, text: str, parameter: inspect.Parameter) -> Any:
     kind = parameter.annotation
     if kind is parameter.empty:
         kind = type(parameter.default) if parameter.default not in (None, parameter.empty) else str
-    options = [a for a in typing.get_args(kind) if a is not type(None)]
-    if isinstance(kind, types.UnionType) and options:
-        kind = options[0]
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        kind = next(option for option in typing.get_args(kind) if option is not type(None))
+    choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
     try:
-        if typing.get_origin(kind) is typing.Literal:
-            return {str(option): option for option in typing.get_args(kind)}[text]
-        return _PARSERS[kind](text)
+        return _choose(text, choices) if choices else _PARSERS[kind](text)
     except KeyError:
-        expected = (
-            ", ".join(map(str, options)) if options else f"a {getattr(kind, '__name__', kind)}, which --set cannot"
-        )
-        raise TargetError(f"--set {key}: got {text!r}, expected {expected}") from None
+        name = getattr(kind, "__name__", kind)
+        raise TargetError(
+            f"--set {key}: the parameter is a {name}, which no text on the command line can give"
+        ) from None
     except ValueError:
-        raise TargetError(f"--set {key}: got {text!r}, expected {kind.__name__}") from None
+        expected = ", ".join(map(str, choices)) or _EXPECTED[kind]
+        raise TargetError(f"--set {key}: got {text!r}, expected {expected}{nearest(text, map(str, choices))}") from None
+
+
+def _choose(text: str, choices: Sequence[Any]) -> Any:
+    for choice in choices:
+        if str(choice) == text:
+            return choice
+    raise ValueError(text)
 
 
 def _boolean(text: str) -> bool:
-    return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[text.lower()]
+    if text.lower() not in ("true", "false"):
+        raise ValueError(text)
+    return text.lower() == "true"
 
 
 _PARSERS: dict[Any, Callable[[str], Any]] = {int: int, float: float, str: str, bool: _boolean, Path: Path}
+_EXPECTED = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
 def code_of(name: str) -> str:

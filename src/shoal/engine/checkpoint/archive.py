@@ -63,7 +63,7 @@ class Archive:
                 shutil.rmtree(final)
             temporary.rename(final)
             sync_folder(self._folder)
-        except (OSError, safetensors.SafetensorError) as error:
+        except (OSError, ValueError, safetensors.SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise CheckpointError(_refusal(final, error)) from None
         self._prune()

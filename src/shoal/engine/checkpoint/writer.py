@@ -52,7 +52,7 @@ class CheckpointWriter:
         self.wait()
         encoded, tensors = tree.encode(state, "state")
         changing = {tensor.data_ptr() for tensor in volatile}
-        copies = {name: t.clone() for name, t in tensors.items() if t.data_ptr() in changing}
+        copies = {name: _copy(t) for name, t in tensors.items() if t.data_ptr() in changing}
         rest = {name: t for name, t in tensors.items() if name not in copies}
         self._copied.clear()
         self._stall_s = time.perf_counter() - started

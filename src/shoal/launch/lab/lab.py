@@ -106,8 +106,8 @@ class Lab:
     def counters(self) -> dict[str, tuple[int, int]]:
         """Each node's (sent, received) bytes on its link so far; take the difference of two calls.
 
-        Traffic between ranks of one node is not in it. Headers of segments that the kernel sends as one are counted
-        once, so above about 120 Mbit/s a count can be up to 4 % under the bytes of the frames.
+        Traffic between ranks of one node is not in it. Segments that the kernel sends as one have their headers
+        counted once, so a count can be up to 4 % under the bytes of the frames.
         """
         network = self._up()
         return {name: network.counters(name) for name in network.nodes}
