@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,18 @@ def seating_of(where: str) -> Iterator[Seating]:
         yield lab.seating()
 
 
-def run_workers(seating: Seating, script: Path, settings: Mapping[str, Any], *, timeout_s: float = 900) -> Any:
-    """Run `script` on every seat with `settings` as its JSON argument; return the JSON that rank 0 printed last."""
+def run_workers(
+    seating: Seating,
+    script: Path,
+    settings: Mapping[str, Any],
+    *,
+    timeout_s: float = 900,
+    watch: Callable[[list[int]], None] = lambda _: None,
+) -> Any:
+    """Run `script` on every seat with `settings` as its JSON argument; return the JSON that rank 0 printed last.
+
+    `watch` is given the workers' process ids some 20 times a second.
+    """
     workers = []
     for placement in seating.placements:
         env = {
@@ -52,7 +62,11 @@ def run_workers(seating: Seating, script: Path, settings: Mapping[str, Any], *, 
         out = subprocess.PIPE if placement.rank == 0 else subprocess.DEVNULL
         workers.append(subprocess.Popen(command, env=env, stdout=out, text=True))
     try:
-        output, _ = workers[0].communicate(timeout=timeout_s)
+        deadline = time.monotonic() + timeout_s
+        while workers[0].poll() is None and time.monotonic() < deadline:
+            watch([worker.pid for worker in workers if worker.poll() is None])
+            time.sleep(0.05)
+        output, _ = workers[0].communicate(timeout=1)
         codes = [worker.wait(timeout=60) for worker in workers]
     finally:
         for worker in workers:

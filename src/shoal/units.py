@@ -42,7 +42,7 @@ def format_bytes(size_bytes: float) -> str:
 
 def format_duration(seconds: float) -> str:
     """`0.0123` -> `12.3 ms`; `75` -> `1 min 15 s`; `7260` -> `2 h 01 min`."""
-    if seconds < 1:
+    if seconds < 0.9995:  # beyond, three digits of milliseconds round up to a whole second
         return f"{seconds * 1e3:.3g} ms"
     if seconds < 60:
         return f"{seconds:.1f} s"

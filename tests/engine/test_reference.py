@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from training_runs import events_of, final_state, final_tensors, train_on
 
 from shoal.data.order import shuffled
 from shoal.engine import random_state
 from shoal.job.target import resolve
 from shoal.run import Run
+from training_runs import events_of, final_state, final_tensors, train_on
 
 STEPS, BATCH, NUM_SAMPLES, CLIP_NORM, SEED = 20, 12, 50, 0.5, 5
 TARGET = str(Path(__file__).parents[1] / "jobs" / "reference.py") + ":job"
@@ -103,13 +103,13 @@ def single_process(optimizer: str, num_samples: int, batch_size: int) -> tuple[d
 @pytest.fixture(scope="module")
 def first_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Setup], Run]:
     """The run of a setup, trained when it is first asked for."""
-    return cache(lambda setup: train_on(list(setup.nodes), TARGET, setup.plan(), tmp_path_factory.mktemp("run") / "run"))
+    return cache(
+        lambda setup: train_on(list(setup.nodes), TARGET, setup.plan(), tmp_path_factory.mktemp("run") / "run")
+    )
 
 
 @pytest.mark.parametrize("setup", SETUPS, ids=str)
-def test_many_ranks_train_the_same_parameters_as_one_process(
-    setup: Setup, first_run: Callable[[Setup], Run]
-) -> None:
+def test_many_ranks_train_the_same_parameters_as_one_process(setup: Setup, first_run: Callable[[Setup], Run]) -> None:
     run = first_run(setup)
     expected, losses = single_process("adamw", NUM_SAMPLES, BATCH)
     trained = final_state(run)["model"]
@@ -120,9 +120,7 @@ def test_many_ranks_train_the_same_parameters_as_one_process(
 
 
 @pytest.mark.parametrize("setup", TRAINED_TWICE, ids=str)
-def test_the_same_plan_gives_the_same_bits(
-    setup: Setup, first_run: Callable[[Setup], Run], tmp_path: Path
-) -> None:
+def test_the_same_plan_gives_the_same_bits(setup: Setup, first_run: Callable[[Setup], Run], tmp_path: Path) -> None:
     first, second = first_run(setup), train_on(list(setup.nodes), TARGET, setup.plan(), tmp_path / "run")
     assert_same_bits(final_tensors(first), final_tensors(second))
     losses = [[event["loss"] for event in events_of(run, "step")] for run in (first, second)]
@@ -158,7 +156,5 @@ def relative_difference(got: Tensor, expected: Tensor) -> float:
 
 def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert one.keys() == other.keys()
-    differing = [
-        name for name in one if one[name].numpy().tobytes() != other[name].numpy().tobytes()
-    ]
+    differing = [name for name in one if one[name].numpy().tobytes() != other[name].numpy().tobytes()]
     assert not differing

@@ -65,9 +65,7 @@ class Loss:
         return ((model(x, is_rare) - y) ** 2).mean()
 
 
-def job(
-    num_samples: int = 50, optimizer: Literal["adamw", "sgd"] = "adamw", digests: str = ""
-) -> shoal.Job:
+def job(num_samples: int = 50, optimizer: Literal["adamw", "sgd"] = "adamw", digests: str = "") -> shoal.Job:
     """AdamW with decay groups, a warm-up and a cosine; or plain SGD."""
     return shoal.Job(
         model=Awkward,

@@ -19,7 +19,23 @@ from shoal.wire.inprocess import run_in_process
 from shoal.wire.transport import Memory
 
 BF16_ROUNDING = 2.0**-8
-LAYOUTS = ["a", "aa", "ab", "aaa", "aab", "abb", "aba", "abc", "aaaa", "aabb", "abab", "abcd", "aaabb", "abbcc", "abcde"]
+LAYOUTS = [
+    "a",
+    "aa",
+    "ab",
+    "aaa",
+    "aab",
+    "abb",
+    "aba",
+    "abc",
+    "aaaa",
+    "aabb",
+    "abab",
+    "abcd",
+    "aaabb",
+    "abbcc",
+    "abcde",
+]
 layouts = st.sampled_from(LAYOUTS)
 sizes = st.sampled_from([0, 1, 2, 7, 31, 64, 257])
 forms = st.sampled_from(["auto", "flat", "hierarchical"])

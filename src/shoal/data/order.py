@@ -37,7 +37,8 @@ def shuffled(positions: NDArray[np.int64], size: int, *, seed: int, epoch: int) 
 
 def sample_seeds(positions: NDArray[np.int64], *, seed: int, epoch: int) -> NDArray[np.uint64]:
     """Return a 64-bit random seed for each position of an epoch, for whatever a dataset draws at random."""
-    return _mix(positions.astype(np.uint64) + _mix(np.array([_word(seed), _word(epoch)]))[::-1].sum())
+    key = _mix(_mix(np.array([_word(seed)])) + _word(epoch))  # (1,)
+    return _mix(positions.astype(np.uint64) + key)
 
 
 def _round_keys(seed: int, epoch: int) -> NDArray[np.uint64]:

@@ -7,6 +7,10 @@ take as long as they take. One checkpoint is written at a time: a new one waits 
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -90,6 +94,7 @@ class CheckpointWriter:
                 copies |= {name: _copy(tensor) for name, tensor in rest.items()}
             finally:
                 self._copied.set()
+            _yield_to_training()
             started = time.perf_counter()
             state = {"state": encoded, "late": late()}
             path, size_bytes = self._archive.write(step, state, copies, best=best)
@@ -105,6 +110,15 @@ class CheckpointWriter:
         except (CheckpointError, RuntimeError, OSError) as error:
             self.failed = str(error)
             self._log.write("checkpoint_failed", step=step, message=self.failed)
+        finally:
+            _yield_to_training(niceness=0)
+
+
+def _yield_to_training(niceness: int = 10) -> None:
+    """Let this thread's hashing and writing take the time that training leaves (Linux has priorities by thread)."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # back to 0 needs a right; without it the copies, too, are made politely
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
 
 
 def _copy(tensor: Tensor) -> Tensor:

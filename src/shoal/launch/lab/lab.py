@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -97,7 +98,7 @@ class Lab:
                 node=node.name,
                 local_rank=local_rank,
                 prefix=self._prefix(node),
-                env=_environment(node),
+                env=_environment(node, len(self.cluster.nodes)),
             )
             for rank, (node, local_rank) in enumerate(seats)
         )
@@ -124,14 +125,13 @@ class Lab:
         return (*entry, "ip", "netns", "exec", self._up().namespace(node.name))
 
 
-def _environment(node: Node) -> dict[str, str]:
+def _environment(node: Node, num_nodes: int) -> dict[str, str]:
     """What the worker's libraries must be told: which interface, and how many threads a quota feeds."""
     names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME")
     environment = dict.fromkeys(names, INTERFACE)
-    if node.cpu is not None:
-        # OpenMP's waiting threads spin, and spinning uses up the quota of those that work.
-        environment["OMP_NUM_THREADS"] = str(max(1, int(node.cpu / node.ranks)))
-    return environment
+    cores = node.cpu if node.cpu is not None else len(os.sched_getaffinity(0)) / num_nodes
+    # OpenMP's waiting threads spin, and spinning uses up the quota of those that work.
+    return environment | {"OMP_NUM_THREADS": str(max(1, int(cores / node.ranks)))}
 
 
 @contextlib.contextmanager
