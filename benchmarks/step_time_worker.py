@@ -60,7 +60,9 @@ def shoal_step(target: str, settings: list[str], plan: Plan, topology: Topology,
         stop_request=StopRequest(),
         log=log,
     )
-    config = LoopConfig(rank=topology.rank, clip_norm=None, validate_every=0, checkpoint_every=0, keep_best=False)
+    config = LoopConfig(
+        rank=topology.rank, weight=1 / size, clip_norm=None, validate_every=0, checkpoint_every=0, keep_best=False
+    )
     loop = Loop(config, crew, Progress())
     batches = parts.loader.batches(Cursor())
     return lambda: loop._step(batches)

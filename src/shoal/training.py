@@ -12,6 +12,7 @@ from typing import Any, TypedDict, Unpack
 
 from shoal.cluster.description import Cluster, load_cluster, parse_lab
 from shoal.dashboard.history import History, fold, summary
+from shoal.dashboard.progress import LiveProgress
 from shoal.dashboard.report import read_history, write_report
 from shoal.errors import UsageError
 from shoal.events import Event, read_events
@@ -68,6 +69,7 @@ def train(
     lab: str | None = None,
     run: Path | str | None = None,
     resume: bool = False,
+    progress: bool = True,
     **limits: Unpack[Limits],
 ) -> Result:
     """Train `job` and return when it has ended.
@@ -78,6 +80,7 @@ def train(
         nodes, on, lab: see `Where`.
         run: the run directory; default: a new one under `runs/`.
         resume: continue the run there from its newest whole checkpoint.
+        progress: show the training live on stderr.
         limits: steps, epochs, seconds, until; they go before the plan's.
 
     Raises:
@@ -87,7 +90,10 @@ def train(
     target = job if isinstance(job, Target) else resolve(job) if isinstance(job, str) else target_of(job, {})
     where = Where(nodes=nodes, on=on, lab=lab)
     folder = Path(run) if run is not None else None
-    return execute(target, plan, where, folder, resume=resume, limits=limits)
+    if not progress:
+        return execute(target, plan, where, folder, resume=resume, limits=limits)
+    with LiveProgress() as display:
+        return execute(target, plan, where, folder, resume=resume, limits=limits, show=display.update)
 
 
 def execute(

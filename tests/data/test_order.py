@@ -60,9 +60,9 @@ def test_each_seed_and_epoch_has_an_order_of_its_own() -> None:
     assert len(orders) == 144
 
 
-@pytest.mark.parametrize("size", [2, 5, 16, 17])
+@pytest.mark.parametrize("size", [2, 5, 17])
 def test_every_index_comes_about_equally_often_at_every_position(size: int) -> None:
-    num_orders = 4000
+    num_orders = 2000
     orders = np.stack([order(size, seed=seed) for seed in range(num_orders)])  # (num_orders, size)
     counts = np.stack([(orders == index).sum(axis=0) for index in range(size)])  # (index, position)
     expected = num_orders / size

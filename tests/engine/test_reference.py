@@ -129,10 +129,9 @@ def test_the_same_plan_gives_the_same_bits(setup: Setup, first_run: Callable[[Se
 
 @pytest.mark.parametrize("nodes", ["aaa", "aabb"])
 def test_with_a_lossy_codec_all_replicas_stay_equal_and_close_to_the_reference(nodes: str, tmp_path: Path) -> None:
-    # Every value is rounded to bfloat16 at most twice on its way (relative error 2**-8 each, of the contributions and of
-    # their sum). A clipped gradient has norm <= CLIP_NORM and SGD moves by rate * gradient, so the distance between the
-    # two paths is at most about steps * rate * CLIP_NORM * 2 * 2**-8, doubled for contributions that partly cancel and
-    # for the paths' own divergence.
+    # Every value is rounded to bfloat16 at most twice on its way: contributions and their sum, by 2**-8 each. A clipped
+    # gradient has norm <= CLIP_NORM and SGD moves by rate * gradient, so the two paths part by about
+    # steps * rate * CLIP_NORM * 2 * 2**-8 at most; twice that for contributions that partly cancel.
     bound = 2 * STEPS * 1e-2 * CLIP_NORM * 2 * 2**-8
     (tmp_path / "digests").mkdir()
     settings = ["optimizer=sgd", "num_samples=48", f"digests={tmp_path / 'digests'}"]

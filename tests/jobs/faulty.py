@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, TensorDataset
 import shoal
 
 Batch = tuple[Tensor, Tensor]
-Fault = Literal["", "raise", "nan", "exit", "kill", "warn", "gradient"]
+Fault = Literal["", "raise", "nan", "exit", "kill"]
 
 
 class Loss:
@@ -70,14 +70,14 @@ def samples(num_samples: int) -> TensorDataset:
 
 
 def job(
-    fault: Fault = "", rank: int = 1, at: int = 5, nap_s: float = 0.0, num_samples: int = 64, width: int = 8
+    fault: Fault = "", rank: int = 1, at: int = 5, nap_s: float = 0.0, num_samples: int = 64, width: int = 8, rate: float = 1e-2
 ) -> shoal.Job:
     """A small perceptron under SGD."""
     return shoal.Job(
         model=lambda: nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, 1)),
         data=lambda: samples(num_samples),
         loss=Loss(fault, rank, at, nap_s),
-        optimizer=lambda p: SGD(p, 1e-2),
+        optimizer=lambda p: SGD(p, rate),
     )
 
 

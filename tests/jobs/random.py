@@ -1,4 +1,4 @@
-"""Training that draws at random everywhere: dropout, noise on the samples, noise in the loss. Slow enough to be killed."""
+"""Training that draws at random wherever it can: dropout and noisy samples. Slow enough to be killed."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ seeds = st.integers(0, 2**31)
 
 
 def buckets(layout: str, num_values: int, num_flags: int, seed: int, *, shared: bool = False) -> list[Bucket]:
-    """A bucket for each rank with random values and flags; `shared`: source and target are apart, as in shared memory."""
+    """A bucket a rank, random values and flags; `shared`: source and target are apart, as in shared memory."""
     generator = torch.Generator().manual_seed(seed)
     made = []
     for _ in layout:
@@ -89,7 +89,7 @@ def test_a_lossy_codec_rounds_values_twice_at_most_and_never_flags(
     made = buckets(layout, num_values, num_flags, seed, shared=shared)
     before = contributions(made)
     exchange(layout, form, "bf16", made)
-    # Each contribution (or its node's sum) is rounded once, and their sum once: (1 + e)**2 - 1 of the sum of magnitudes.
+    # A contribution (or its node's sum) is rounded once, and their sum once: (1 + e)**2 - 1 of the sum of magnitudes.
     bound = ((1 + BF16_ROUNDING) ** 2 - 1) * before.abs().sum(dim=0)
     for bucket in made:
         assert torch.all((bucket.target - before.sum(dim=0)).abs()[:num_values] <= bound[:num_values])

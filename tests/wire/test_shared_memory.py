@@ -187,7 +187,8 @@ def test_a_peer_that_closes_is_noticed_at_once(what: str) -> None:
     assert play(3, body)[1] == ""
 
 
-def test_a_silent_peer_is_lost_when_the_time_is_up() -> None:
+@pytest.mark.parametrize("timeout_s", [0.25, 1.0])
+def test_a_silent_peer_is_lost_when_the_time_is_up(timeout_s: float) -> None:
     over = threading.Event()
 
     def body(transport: SharedMemoryTransport) -> float:
@@ -200,9 +201,7 @@ def test_a_silent_peer_is_lost_when_the_time_is_up() -> None:
         over.set()
         return time.perf_counter() - started
 
-    for timeout_s in (1.0, 0.25):
-        over.clear()
-        assert play(2, body, timeout_s=timeout_s)[0] == pytest.approx(timeout_s, abs=0.9)
+    assert 0.9 * timeout_s < play(2, body, timeout_s=timeout_s)[0] < 10.0
 
 
 def test_a_rank_that_never_comes_is_an_error_within_its_time() -> None:

@@ -7,6 +7,7 @@ augmentation) is seeded by the sample's place in the order, so it depends on nei
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from shoal.data.order import sample_seeds, shuffled
 from shoal.data.partition import spans, steps_per_epoch
@@ -98,7 +99,7 @@ class Loader:
             _Seeded(self._dataset),
             batch_sampler=_Turns(self, start),
             num_workers=config.num_workers,
-            collate_fn=self._collate,
+            collate_fn=_SeededCollate(self._collate),
             pin_memory=config.pin_memory,
             persistent_workers=config.num_workers > 0,
             generator=torch.Generator(),  # its own: the loader must not draw from training's
@@ -174,29 +175,62 @@ class _Turns:
         return self._loader.turns(self._start)
 
 
+class _Fetched(list[Any]):
+    """The samples of one micro-batch, on their way to be collated; `seed` is the first one's."""
+
+    def __init__(self, samples: list[Any], seed: int) -> None:
+        super().__init__(samples)
+        self.seed = seed
+
+
 class _Seeded(Dataset[Any]):
-    """Seeds the random generators for each sample, and puts them back: training draws from them too."""
+    """Seeds the random generators for each sample by its place in the order."""
 
     def __init__(self, dataset: Dataset[Any]) -> None:
         self._dataset = dataset
 
-    def __getitems__(self, samples: Sequence[_Sample]) -> list[Any]:
-        states = torch.get_rng_state(), random.getstate(), np.random.get_state()
-        try:
-            return [self._fetch(sample) for sample in samples]
-        finally:
-            torch.set_rng_state(states[0])
-            random.setstate(states[1])
-            np.random.set_state(states[2])
+    def __getitems__(self, samples: Sequence[_Sample]) -> _Fetched:
+        with _generators_kept():
+            return _Fetched([self._fetch(sample) for sample in samples], samples[0].seed)
 
     def __getitem__(self, sample: _Sample) -> Any:
         return self._fetch(sample)
 
     def _fetch(self, sample: _Sample) -> Any:
-        torch.default_generator.manual_seed(sample.seed)
-        random.seed(sample.seed)
-        np.random.seed(sample.seed & 0xFFFFFFFF)
+        _seed_generators(sample.seed)
         return self._dataset[sample.place]
+
+
+class _SeededCollate:
+    """The same for what a collate function draws."""
+
+    def __init__(self, collate: Collate | None) -> None:
+        self._collate = collate or default_collate
+
+    def __call__(self, samples: list[Any]) -> Any:
+        assert isinstance(samples, _Fetched)
+        with _generators_kept():
+            _seed_generators(~samples.seed)
+            return self._collate(list(samples))
+
+
+@contextlib.contextmanager
+def _generators_kept() -> Iterator[None]:
+    """Put the random generators back afterwards: training draws from them too."""
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])
+
+
+def _seed_generators(seed: int) -> None:
+    seed &= 0xFFFFFFFFFFFFFFFF
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
 
 
 def ordered_batches(
@@ -205,6 +239,8 @@ def ordered_batches(
     """Yield (number of samples, collated samples) for consecutive pieces of `span`, in the dataset's own order."""
     pieces = [range(start, min(start + batch_size, span.stop)) for start in range(span.start, span.stop, batch_size)]
     sampler = [[_Sample(place, place) for place in piece] for piece in pieces]
-    batches = DataLoader(_Seeded(dataset), batch_sampler=sampler, collate_fn=collate, generator=torch.Generator())
+    batches = DataLoader(
+        _Seeded(dataset), batch_sampler=sampler, collate_fn=_SeededCollate(collate), generator=torch.Generator()
+    )
     for piece, samples in zip(pieces, batches, strict=True):
         yield len(piece), samples

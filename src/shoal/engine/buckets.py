@@ -28,7 +28,10 @@ _ALIGNMENT_BYTES = 64
 
 @dataclass
 class _Slot:
-    """One parameter's place. `filled`: its gradient of this step lies there."""
+    """One parameter's place.
+
+    `filled`: its gradient of this step lies there; `counted`: it has come in the last backward, so it is complete.
+    """
 
     name: str
     parameter: nn.Parameter
@@ -36,6 +39,7 @@ class _Slot:
     source: Tensor
     target: Tensor
     filled: bool = False
+    counted: bool = False
 
 
 class GradientBuckets:
@@ -76,6 +80,8 @@ class GradientBuckets:
 
     def begin_last_backward(self) -> None:
         """From now on a bucket is sent as soon as it is full."""
+        for slot in self._slots:
+            slot.counted = False
         self._missing = [len(slots) for slots in self._slots_of]
         self._next = 0
         self._sending = True
@@ -119,6 +125,8 @@ class GradientBuckets:
                 parameter.grad = slot.source
             slot.filled = True
             if self._sending:
+                _check_once(slot)
+                slot.counted = True
                 self._missing[slot.bucket] -= 1
                 self._send_full()
 
@@ -168,4 +176,13 @@ def _check_dense(name: str, gradient: Tensor) -> None:
         raise JobError(
             f"the gradient of {name} is sparse ({gradient.layout}); expected a dense one: build the embedding with "
             "sparse=False"
+        )
+
+
+def _check_once(slot: _Slot) -> None:
+    """A bucket may be on its way when the second gradient comes: refuse rather than exchange half of one."""
+    if slot.counted:
+        raise JobError(
+            f"the gradient of {slot.name} came twice in one backward, as reentrant activation checkpointing makes it; "
+            "use torch.utils.checkpoint with use_reentrant=False"
         )

@@ -30,9 +30,10 @@ from shoal.events import EventLog
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    """What the loop needs of the plan: periods in steps (0: never) and the clipping norm."""
+    """What the loop needs of the plan: periods in steps (0: never), the clipping norm, this rank's part of a batch."""
 
     rank: int
+    weight: float
     clip_norm: float | None
     validate_every: int
     checkpoint_every: int
@@ -59,7 +60,7 @@ class Loop:
     def __init__(self, config: LoopConfig, crew: Crew, progress: Progress) -> None:
         self._config = config
         self._crew = crew
-        self._average_buffers = BufferAverage(crew.parts.model)
+        self._average_buffers = BufferAverage(crew.parts.model, config.weight)
         self._clock = _Clock(progress.seconds)
         self.progress = progress
 

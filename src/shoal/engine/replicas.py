@@ -37,12 +37,14 @@ def make_equal(model: nn.Module) -> bool:
 class BufferAverage:
     """Averages buffers that training changes (batch norm's running statistics) when they are about to be looked at."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, weight: float) -> None:
+        """`weight`: this rank's part of every batch; all ranks' weights sum to 1."""
+        self._weight = weight
         self._buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
         self._versions = [buffer._version for buffer in self._buffers]
 
     def __call__(self) -> None:
-        """Give every rank the mean of each buffer that changed on any rank. Collective."""
+        """Give every rank the mean, weighted by samples, of each buffer that changed on any rank. Collective."""
         if not self._buffers:
             return
         pairs = zip(self._buffers, self._versions, strict=True)
@@ -51,8 +53,7 @@ class BufferAverage:
             dist.all_reduce(changed)
             for buffer, count in zip(self._buffers, changed.tolist(), strict=True):
                 if count > 0:
-                    dist.all_reduce(buffer)
-                    buffer.div_(dist.get_world_size())
+                    dist.all_reduce(buffer.mul_(self._weight))
         self._versions = [buffer._version for buffer in self._buffers]
 
 

@@ -113,8 +113,10 @@ def _assemble(
         stop_request=stop_request,
         log=log,
     )
+    assert plan.batch.shares is not None
     config = LoopConfig(
         rank=rank,
+        weight=plan.batch.shares[rank] / sum(plan.batch.shares),
         clip_norm=plan.compute.clip_norm,
         validate_every=plan.validation.every,
         checkpoint_every=plan.checkpoint.every,

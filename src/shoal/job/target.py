@@ -47,7 +47,8 @@ class Target:
             TargetError: the name or an argument does not fit.
             JobError: the function returned something that is not a Job.
         """
-        job = _find(self.name)(**self.arguments)
+        function = _find(self.name)
+        job = function(**_typed(function, self.arguments))
         if not isinstance(job, Job):
             raise JobError(f"{self.name} returned {type(job).__name__}, expected a shoal.Job")
         return job
@@ -141,7 +142,8 @@ def _arguments(name: str, function: Callable[..., Any], settings: Sequence[str])
         if key not in parameters:
             valid = ", ".join(parameters) or "no parameter"
             raise TargetError(f"--set {key}: {name} takes {valid}{nearest(key, parameters)}")
-        arguments[key] = _convert(key, text, parameters[key])
+        value = _convert(key, text, parameters[key])
+        arguments[key] = str(value) if isinstance(value, Path) else value  # plain values only: they are stored as JSON
     missing = [n for n, p in parameters.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
     if absent := [n for n in missing if n not in arguments]:
         raise TargetError(f"{name} needs a value for {absent[0]}: add --set {absent[0]}=...")
@@ -165,6 +167,15 @@ def _convert(key: str, text: str, parameter: inspect.Parameter) -> Any:
     except ValueError:
         expected = ", ".join(map(str, choices)) or _EXPECTED[kind]
         raise TargetError(f"--set {key}: got {text!r}, expected {expected}{nearest(text, map(str, choices))}") from None
+
+
+def _typed(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Make paths of the arguments that are to be paths."""
+    parameters = inspect.signature(function, eval_str=True).parameters
+    return {
+        key: Path(value) if isinstance(value, str) and parameters[key].annotation is Path else value
+        for key, value in arguments.items()
+    }
 
 
 def _choose(text: str, choices: Sequence[Any]) -> Any:

@@ -78,7 +78,7 @@ def failures_as_lost_peers(what: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0]
         raise PeerLostError(f"{what} failed, most likely because another rank ended: {reason}") from error
 
 

@@ -152,8 +152,8 @@ def _check_same(expected: object, got: object, rank: int, *, me: int) -> None:
         return
     assert isinstance(expected, dict)
     assert isinstance(got, dict)
-    name = next(key for key in expected if expected[key] != got.get(key))
+    name = next(key for key in expected | got if expected.get(key) != got.get(key))
     raise PlanMismatchError(
-        f"rank {rank} may not join: its {name} is {got.get(name)}, rank 0's is {expected[name]}; start all ranks with "
+        f"rank {rank} may not join: its {name} is {got.get(name)}, rank 0's is {expected.get(name)}; start all ranks with "
         "the same plan, job and versions"
     )

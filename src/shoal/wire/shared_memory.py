@@ -138,8 +138,11 @@ class SharedMemoryTransport:
 
     def _exchange_descriptors(self, own: int) -> list[int]:
         descriptors = {self._index: own}
-        for peer in self._peers.values():
-            socket.send_fds(peer, [b"\1"], [own])
+        for index, peer in self._peers.items():
+            try:
+                socket.send_fds(peer, [b"\1"], [own])
+            except OSError as error:
+                raise self._lost(index, error) from None
         for index, peer in self._peers.items():
             try:
                 message, received, _, _ = socket.recv_fds(peer, 1, 1)
@@ -201,6 +204,7 @@ def _welcome(listener: socket.socket, token: bytes, timeout_s: float) -> tuple[i
 
 def _with_timeout(peer: socket.socket, timeout_s: float) -> socket.socket:
     peer.settimeout(None)
-    limit = struct.pack("ll", int(timeout_s), 0)  # by the kernel: Python's own timeout costs a second system call
+    # By the kernel: Python's own timeout costs a second system call.
+    limit = struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1e6))
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
     return peer

@@ -33,6 +33,8 @@ class Bf16Codec:
 
     def decode(self, payload: Tensor, like: Tensor) -> Tensor:
         """Widen to the dtype of `like`, shape (rows, n)."""
+        if payload.numel() == 0:  # torch cannot view no bytes as anything wider
+            return like.new_empty((len(payload), 0))
         return payload.view(torch.bfloat16).to(like.dtype)
 
     def size_bytes(self, num_values: int, item_bytes: int) -> int:
