@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 .PHONY: demo test test-all lint benchmarks clean
 
 demo: $(STAMP)
-	$(BIN)/shoal train examples/charlm.py:job --nodes 4 --plan plans/demo.toml
+	$(BIN)/shoal train examples/charlm.py:job --nodes 4 --plan plans/demo.toml --set layers=2 --set dim=128 --set lr=4e-3
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow"

@@ -48,7 +48,7 @@ def test_a_validation_value_may_be_reached_from_either_side() -> None:
 
 
 def test_a_value_that_validation_does_not_give_is_named() -> None:
-    with pytest.raises(PlanError, match="names 'acuracy'.*did you mean 'accuracy'"):
+    with pytest.raises(PlanError, match=r"names 'acuracy'.*did you mean 'accuracy'"):
         StopRule(StopConfig(until="acuracy>=0.9")).after_validation({"val_loss": 1.0, "accuracy": 0.5}, Progress())
 
 

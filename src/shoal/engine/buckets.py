@@ -110,9 +110,7 @@ class GradientBuckets:
         memory = allocate(index, num_values + len(group), dtype)
         self.buckets.append(Bucket.over(f"bucket-{index}", memory, num_values))
         for (name, p), offset in zip(group, offsets, strict=True):
-            source, target = (
-                flat[offset : offset + p.numel()].view(p.shape) for flat in (memory.source, memory.target)
-            )
+            source, target = (_like(p, flat, offset) for flat in (memory.source, memory.target))
             self._slots.append(_Slot(name, p, index, source, target))
 
     def _hook(self, slot: _Slot) -> Callable[[Tensor], None]:
@@ -169,6 +167,14 @@ def _offsets(sizes: list[int], item_bytes: int) -> tuple[list[int], int]:
         offsets.append(end)
         end += -(-size // unit) * unit
     return offsets, end
+
+
+def _like(parameter: nn.Parameter, flat: Tensor, offset: int) -> Tensor:
+    """A view of the parameter's shape, and of its memory layout (channels last, say) where that has no gaps."""
+    span = 1 + sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
+    if parameter.numel() == span:
+        return flat.as_strided(parameter.shape, parameter.stride(), flat.storage_offset() + offset)
+    return flat[offset : offset + parameter.numel()].view(parameter.shape)
 
 
 def _check_dense(name: str, gradient: Tensor) -> None:

@@ -154,6 +154,6 @@ def _check_same(expected: object, got: object, rank: int, *, me: int) -> None:
     assert isinstance(got, dict)
     name = next(key for key in expected | got if expected.get(key) != got.get(key))
     raise PlanMismatchError(
-        f"rank {rank} may not join: its {name} is {got.get(name)}, rank 0's is {expected.get(name)}; start all ranks with "
-        "the same plan, job and versions"
+        f"rank {rank} may not join: its {name} is {got.get(name)}, rank 0's is {expected.get(name)}; start all ranks "
+        "with the same plan, job and versions"
     )

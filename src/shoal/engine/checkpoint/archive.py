@@ -78,7 +78,7 @@ class Archive:
                 found.append(Saved(path, int(manifest["step"]), bool(manifest["best"])))
             except (OSError, ValueError, KeyError, TypeError):
                 found.append(Saved(path, -1, best=False))
-        return sorted(found, key=lambda saved: saved.path.name)
+        return sorted(found, key=lambda saved: (len(saved.path.name), saved.path.name))
 
     def path(self, name: str) -> Path:
         """The folder of the checkpoint called `name`."""
@@ -111,8 +111,8 @@ def read(path: Path) -> tuple[Any, dict[str, Tensor]]:
             raise CheckpointError(
                 f"{path} has format {manifest['format']}, expected {_FORMAT}; it is another version's"
             )
-        for name, expected in manifest["files"].items():
-            _verify(path / name, expected)
+        for name in (_TENSORS, _STATE):
+            _verify(path / name, manifest["files"][name])
         state = json.loads((path / _STATE).read_text())
         return state, safetensors.torch.load_file(path / _TENSORS)
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
