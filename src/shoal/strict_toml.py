@@ -62,7 +62,8 @@ def build(cls: type[T], values: dict[str, Any], *, text: str, origin: str, error
     except pydantic.ValidationError as mistakes:
         mistake = _most_telling(mistakes.errors())
         path = _keys(cls, mistake["loc"])
-        line = line_of(text, path)
+        at = [*path, "kind"] if mistake["type"] == "union_tag_invalid" else path
+        line = line_of(text, at)
         where = f"{origin}:{line}" if line else origin
         raise error(f"{where}: {_sentence(cls, path, mistake)}") from None
 

@@ -1,8 +1,8 @@
-"""Gradients leave in a fixed order as soon as they are complete, and come back as if one process had made them."""
+"""Gradients reach their buckets whole, leave in a fixed order as soon as they can, and come back where they belong."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -11,333 +11,276 @@ from torch.utils.checkpoint import checkpoint
 
 from shoal.engine.buckets import GradientBuckets
 from shoal.errors import JobError
-from shoal.strategy.bucket import Bucket
 from shoal.wire.transport import Memory, private_memory
 
-CPU = torch.device("cpu")
-HUGE, TINY = 2**30, 1
+EVERYTHING, ONE_EACH = 10**9, 1
 
 
-class Rank:
-    """One rank: its buckets, what was allocated, and which buckets it has sent so far."""
+class Rig:
+    """Buckets in this process's own memory; `sent` is the log of what left, and when its values were what."""
 
-    def __init__(self, model: nn.Module, bucket_bytes: int = HUGE) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, bucket_bytes: int) -> None:
+        self.sent: list[tuple[int, Tensor]] = []
         self.allocated: list[tuple[int, int, torch.dtype]] = []
-        self.sent: list[int] = []
-        self.buckets = GradientBuckets(model.named_parameters(), bucket_bytes, self._allocate, self._send)
+        self.buckets = GradientBuckets(
+            model.named_parameters(),
+            bucket_bytes,
+            self.allocate,
+            lambda index, bucket: self.sent.append((index, bucket.source.clone())),
+        )
 
-    def _allocate(self, index: int, num_values: int, dtype: torch.dtype) -> Memory:
+    def allocate(self, index: int, num_values: int, dtype: torch.dtype) -> Memory:
         self.allocated.append((index, num_values, dtype))
-        return private_memory(num_values, dtype, CPU)
+        return private_memory(num_values, dtype, torch.device("cpu"))
 
-    def _send(self, index: int, bucket: Bucket) -> None:
-        assert bucket is self.buckets.buckets[index]
-        self.sent.append(index)
-
-    def step(self, *losses: Callable[[], Tensor]) -> None:
-        """One step's backward passes; the exchange is left to the caller."""
-        self.sent.clear()
+    def step(self, losses: Iterable[Tensor]) -> None:
+        """One step over micro-batches whose losses are made when they are due."""
         self.buckets.begin()
-        for number, loss in enumerate(losses):
-            if number == len(losses) - 1:
+        pending = list(losses)
+        for index, loss in enumerate(pending):
+            if index == len(pending) - 1:
                 self.buckets.begin_last_backward()
-            loss().backward()
-        if not losses:
+            loss.backward()
+        if not pending:
             self.buckets.begin_last_backward()
         self.buckets.end_last_backward()
+        self.buckets.install()
 
 
-def exchange(ranks: list[Rank]) -> None:
-    """Sum every bucket over the ranks, flags included, and install."""
-    for same in zip(*(rank.buckets.buckets for rank in ranks), strict=True):
-        total = torch.stack([bucket.source for bucket in same]).sum(dim=0)
-        for bucket in same:
-            bucket.target.copy_(total)
-    for rank in ranks:
-        rank.buckets.install()
+class Mixed(nn.Module):
+    """A tied weight, a frozen layer, one that is never used and one that is used on demand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 3)
+        self.there = nn.Linear(3, 3, bias=False)
+        self.back = nn.Linear(3, 3, bias=False)
+        self.back.weight = self.there.weight
+        self.frozen = nn.Linear(3, 3).requires_grad_(False)
+        self.never = nn.Parameter(torch.ones(2))
+        self.rare = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor, *, rare: bool = False) -> Tensor:
+        x = self.frozen(self.back(torch.tanh(self.there(self.first(x)))))
+        return (self.rare(x) if rare else x).square().mean()
 
 
-def chain(num_layers: int = 3, width: int = 4) -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(num_layers))).double()
+def gradients(model: nn.Module) -> dict[str, Tensor | None]:
+    return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
 
 
-def loss_of(model: nn.Module, seed: int = 0, width: int = 4) -> Callable[[], Tensor]:
-    x = torch.randn(5, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return lambda: model(x).square().mean()
-
-
-def plain_gradients(model: nn.Module, *losses: Callable[[], Tensor]) -> list[Tensor | None]:
+def plain_gradients(model: nn.Module, losses: Iterable[Tensor]) -> dict[str, Tensor | None]:
     model.zero_grad(set_to_none=True)
     for loss in losses:
-        loss().backward()
-    found = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+        loss.backward()
+    found = gradients(model)
     model.zero_grad(set_to_none=True)
     return found
 
 
-@pytest.mark.parametrize("bucket_bytes", [TINY, 200, HUGE])
+def assert_same(found: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        other = found[name]
+        assert (other is None) == (value is None), name
+        assert value is None or (other is not None and torch.equal(other, value)), name
+
+
+@pytest.mark.parametrize("bucket_bytes", [ONE_EACH, 40, 100, EVERYTHING])
 @pytest.mark.parametrize("num_micro_batches", [1, 2, 3])
-def test_one_rank_gets_exactly_what_plain_backward_gives(bucket_bytes: int, num_micro_batches: int) -> None:
-    model = chain()
-    losses = [loss_of(model, seed) for seed in range(num_micro_batches)]
-    expected = plain_gradients(model, *losses)
-    rank = Rank(model, bucket_bytes)
-    for _ in range(2):  # the second step starts afresh
-        rank.step(*losses)
-        exchange([rank])
-        for parameter, gradient in zip(model.parameters(), expected, strict=True):
-            assert gradient is not None
-            assert torch.equal(parameter.grad, gradient)
+def test_gradients_are_what_autograd_makes_of_them(bucket_bytes: int, num_micro_batches: int) -> None:
+    torch.manual_seed(0)
+    model = Mixed().double()
+    batches = torch.randn(num_micro_batches, 4, 3, dtype=torch.float64)
+    for rare in (False, True, False):  # a step's leftovers must not show in the next
+        expected = plain_gradients(model, (model(x, rare=rare) for x in batches))
+        rig = Rig(model, bucket_bytes)
+        rig.step(model(x, rare=rare) for x in batches)
+        assert_same(gradients(model), expected)
+        assert model.never.grad is None
+        rig.buckets.close()
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
-def test_several_ranks_get_the_sum(num_ranks: int) -> None:
-    ranks = [Rank(chain(), 200) for _ in range(num_ranks)]
-    losses = [loss_of(rank.model, seed) for seed, rank in enumerate(ranks)]
-    singles = [plain_gradients(rank.model, loss) for rank, loss in zip(ranks, losses, strict=True)]
-    for rank, loss in zip(ranks, losses, strict=True):
-        rank.step(loss)
-    exchange(ranks)
-    for rank in ranks:
-        for place, parameter in enumerate(rank.model.parameters()):
-            expected = torch.stack([single[place] for single in singles]).sum(dim=0)
-            assert torch.equal(parameter.grad, expected)
+def test_many_steps_on_the_same_buckets_leave_nothing_over() -> None:
+    torch.manual_seed(0)
+    model = Mixed().double()
+    rig = Rig(model, 100)
+    for step in range(6):
+        batches = torch.randn(1 + step % 3, 4, 3, dtype=torch.float64)
+        rare = step % 2 == 1
+        rig.step([model(x, rare=rare) for x in batches])
+        found = gradients(model)
+        rig.buckets.close()
+        expected = plain_gradients(model, (model(x, rare=rare) for x in batches))
+        assert_same(found, expected)
+        rig = Rig(model, 100)
 
 
-def test_the_last_layers_come_first() -> None:
-    rank = Rank(chain(), TINY)
-    order = [next(iter(slots)).name for slots in rank.buckets._slots_of]
-    assert order == ["2.weight", "1.weight", "0.weight"]
-    assert [index for index, _, _ in rank.allocated] == [0, 1, 2]
+def test_a_parameter_that_skips_a_micro_batch_keeps_the_gradient_of_the_others() -> None:
+    torch.manual_seed(0)
+    model = Mixed().double()
+    x = torch.randn(4, 3, dtype=torch.float64)
+    for uses in ([True, False], [False, True], [True, False, False]):
+        expected = plain_gradients(model, (model(x, rare=rare) for rare in uses))
+        rig = Rig(model, ONE_EACH)
+        rig.step(model(x, rare=rare) for rare in uses)
+        assert_same(gradients(model), expected)
+        rig.buckets.close()
 
 
-@pytest.mark.parametrize(("bucket_bytes", "expected"), [(TINY, 4), (128, 4), (129, 2), (HUGE, 1)])
-def test_a_bucket_is_closed_when_it_is_full(bucket_bytes: int, expected: int) -> None:
-    assert len(Rank(chain(4), bucket_bytes).buckets.buckets) == expected  # each layer: 16 values, 128 bytes
+def test_a_step_without_samples_sends_zeros_and_leaves_no_gradient() -> None:
+    model = Mixed()
+    rig = Rig(model, 100)
+    rig.step([model(torch.ones(2, 3))])
+    rig.sent.clear()
+    rig.step([])
+    assert [index for index, _ in rig.sent] == list(range(len(rig.buckets.buckets)))
+    assert not any(values.any() for _, values in rig.sent)
+    assert all(p.grad is None for p in model.parameters())
 
 
-def test_a_bucket_leaves_during_backward_as_soon_as_it_is_full() -> None:
-    model = chain()
-    rank = Rank(model, TINY)
-    seen: dict[str, list[int]] = {}
-    for name, p in model.named_parameters():  # these hooks run after the buckets' own
-        p.register_post_accumulate_grad_hook(lambda _, name=name: seen.update({name: list(rank.sent)}))
-    rank.step(loss_of(model))
-    assert seen == {"2.weight": [0], "1.weight": [0, 1], "0.weight": [0, 1, 2]}
-    assert rank.sent == [0, 1, 2]
+def test_every_bucket_leaves_once_a_step_in_the_same_order_whatever_is_used() -> None:
+    model = Mixed()
+    rig = Rig(model, ONE_EACH)
+    for rare in (True, False, True):
+        rig.sent.clear()
+        rig.step([model(torch.ones(2, 3), rare=rare)])
+        assert [index for index, _ in rig.sent] == list(range(len(rig.buckets.buckets)))
+
+
+def test_what_leaves_is_whole_and_does_not_change_afterwards() -> None:
+    model = nn.Sequential(*(nn.Linear(5, 5) for _ in range(4)))
+    rig = Rig(model, ONE_EACH)
+    rig.step([model(torch.randn(3, 5)).square().sum() for _ in range(2)])
+    for index, values in rig.sent:
+        assert torch.equal(values, rig.buckets.buckets[index].source)
+
+
+def test_a_bucket_leaves_while_backward_still_runs() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 1))
+    rig = Rig(model, ONE_EACH)
+    seen_by_first: list[int] = []
+    model[0].weight.register_hook(lambda gradient: seen_by_first.append(len(rig.sent)))
+    rig.step([model(torch.ones(2, 3)).sum()])
+    assert seen_by_first
+    assert seen_by_first[0] >= 4  # both later layers' weights and biases have left
+    assert len(rig.sent) == 6
 
 
 def test_nothing_leaves_before_the_last_micro_batch() -> None:
-    model = chain()
-    rank = Rank(model, TINY)
-    rank.buckets.begin()
-    loss_of(model)().backward()
-    assert rank.sent == []
-    rank.buckets.begin_last_backward()
-    assert rank.sent == []
+    model = nn.Linear(3, 1)
+    rig = Rig(model, ONE_EACH)
+    rig.buckets.begin()
+    model(torch.ones(2, 3)).sum().backward()
+    assert not rig.sent
+    rig.buckets.begin_last_backward()
+    model(torch.ones(2, 3)).sum().backward()
+    assert len(rig.sent) == 2
 
 
-class Backwards(nn.Module):
-    """Its first parameter is used last: gradients come in the wrong order."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.late = nn.Parameter(torch.tensor(2.0))
-        self.early = nn.Parameter(torch.tensor(3.0))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x * self.early) * self.late
+def test_buckets_go_from_the_last_parameter_to_the_first_and_are_cut_when_full() -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    rig = Rig(model, 2 * 16 * 4)
+    rig.step([model(torch.ones(1, 4)).sum()])
+    first, second = rig.buckets.buckets
+    assert torch.equal(first.target[:16].view(4, 4), model[2].weight.grad)
+    assert torch.equal(first.target[16:32].view(4, 4), model[1].weight.grad)
+    assert torch.equal(second.target[:16].view(4, 4), model[0].weight.grad)
 
 
-def test_buckets_leave_in_order_even_if_they_fill_in_another() -> None:
-    rank = Rank(Backwards(), TINY)
-    rank.step(lambda: rank.model(torch.tensor(1.0)))
-    assert rank.sent == [0, 1]
+def test_a_tied_weight_has_one_place_and_a_frozen_one_none() -> None:
+    model = Mixed()
+    rig = Rig(model, EVERYTHING)
+    ((_, num_places, _),) = rig.allocated
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert names == ["never", "first.weight", "first.bias", "there.weight", "rare.weight", "rare.bias"]
+    assert rig.buckets.buckets[0].num_values == 6 * 16  # each of at most 16 values of 4 bytes, aligned to 64 bytes
+    assert num_places == 6 * 16 + 6  # and one flag each
 
 
-def test_without_a_micro_batch_everything_is_sent_as_zeros() -> None:
-    model = chain()
-    rank = Rank(model, TINY)
-    rank.step(loss_of(model))  # leaves values behind
-    rank.step()
-    assert rank.sent == [0, 1, 2]
-    for bucket in rank.buckets.buckets:
-        assert not bucket.source.any()
+def test_each_bucket_has_one_dtype() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).double(), nn.Linear(2, 2).double(), nn.Linear(2, 2))
+    rig = Rig(model, EVERYTHING)
+    assert [dtype for _, _, dtype in rig.allocated] == [torch.float32, torch.float64, torch.float32]
 
 
-class TwoHeads(nn.Module):
-    """A sample takes one head or the other; nobody ever takes the third."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.heads = nn.ModuleList(nn.Linear(2, 1) for _ in range(3))
-
-
-def head_loss(model: nn.Module, head: int) -> Callable[[], Tensor]:
-    return lambda: model.heads[head](torch.ones(1, 2)).sum()
+def test_flags_tell_which_parameters_have_a_gradient_here() -> None:
+    model = Mixed()
+    rig = Rig(model, EVERYTHING)
+    rig.step([model(torch.ones(2, 3))])
+    bucket = rig.buckets.buckets[0]
+    # From the last parameter to the first: rare's two, there, first's two, never.
+    assert bucket.source[bucket.num_values :].tolist() == [0, 0, 1, 1, 1, 0]
 
 
-@pytest.mark.parametrize("bucket_bytes", [TINY, 20, HUGE])
-def test_a_parameter_counts_if_any_rank_uses_it_and_stays_none_if_no_rank_does(bucket_bytes: int) -> None:
-    ranks = [Rank(TwoHeads(), bucket_bytes) for _ in range(3)]
-    for _ in range(2):
-        ranks[0].step(head_loss(ranks[0].model, 0))
-        ranks[1].step(head_loss(ranks[1].model, 1), head_loss(ranks[1].model, 1))
-        ranks[2].step()
-        exchange(ranks)
-        for rank in ranks:
-            heads = rank.model.heads
-            assert heads[0].weight.grad.tolist() == [[1.0, 1.0]]
-            assert heads[1].weight.grad.tolist() == [[2.0, 2.0]]
-            assert heads[2].weight.grad is None
-            assert heads[2].bias.grad is None
+def test_a_gradient_that_only_another_rank_has_is_installed_here_too() -> None:
+    model = Mixed()
+    rig = Rig(model, EVERYTHING)
+    rig.buckets.begin()
+    rig.buckets.begin_last_backward()
+    rig.buckets.end_last_backward()
+    rig.buckets.buckets[0].target.fill_(3.0)  # what the exchange would have brought
+    rig.buckets.install()
+    for name, p in model.named_parameters():
+        assert (p.grad is not None) == p.requires_grad, name
+        assert p.grad is None or torch.all(p.grad == 3.0)
 
 
-def test_a_gradient_of_zeros_is_not_no_gradient() -> None:
-    rank = Rank(TwoHeads())
-    rank.step(lambda: head_loss(rank.model, 0)() * 0.0)
-    exchange([rank])
-    assert rank.model.heads[0].weight.grad.tolist() == [[0.0, 0.0]]
-    assert rank.model.heads[1].weight.grad is None
+def test_gradients_are_views_of_the_buckets() -> None:
+    model = nn.Linear(3, 2)
+    rig = Rig(model, EVERYTHING)
+    rig.step([model(torch.ones(2, 3)).sum()])
+    start = rig.buckets.buckets[0].target.data_ptr()
+    size = rig.buckets.buckets[0].target.numel() * 4
+    for p in model.parameters():
+        assert p.grad is not None
+        assert start <= p.grad.data_ptr() < start + size
 
 
-def test_flags_say_which_parameters_have_a_gradient_and_are_not_values() -> None:
-    rank = Rank(TwoHeads())
-    rank.step(head_loss(rank.model, 1))
-    (bucket,) = rank.buckets.buckets
-    assert bucket.source[bucket.num_values :].tolist() == [0, 0, 1, 1, 0, 0]
-    assert bucket.portion == slice(0, bucket.num_values)
-
-
-def test_what_no_rank_used_last_time_may_be_used_next_time() -> None:
-    rank = Rank(TwoHeads())
-    for head in (0, 1, 2, 0):
-        rank.step(head_loss(rank.model, head))
-        exchange([rank])
-        used = [h.weight.grad is not None for h in rank.model.heads]
-        assert used == [number == head for number in range(3)]
-
-
-def test_micro_batches_add_in_place() -> None:
-    model = chain(1)
-    rank = Rank(model)
-    (slot,) = rank.buckets._slots
-    rank.buckets.begin()
-    for number in range(3):
-        loss_of(model, number)().backward()
-        assert model[0].weight.grad is slot.source
-    assert slot.source.data_ptr() == rank.buckets.buckets[0].source.data_ptr()
-
-
-def test_tied_parameters_have_one_place_and_their_full_gradient() -> None:
-    model = chain(3)
-    model[2].weight = model[0].weight
-    expected = plain_gradients(model, loss_of(model))
-    rank = Rank(model)
-    assert len(rank.buckets._slots) == 2
-    rank.step(loss_of(model))
-    exchange([rank])
-    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), expected, strict=True))
-
-
-@pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize("bucket_bytes", [TINY, HUGE])
-def test_a_shared_layer_in_two_checkpointed_segments_is_summed_whole_or_refused(
-    use_reentrant: bool, bucket_bytes: int
-) -> None:
-    model = chain(2)
-    x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
-
-    def loss() -> Tensor:
-        y = checkpoint(model[0], x, use_reentrant=use_reentrant)
-        y = checkpoint(model[0], y.tanh(), use_reentrant=use_reentrant)
-        return (model[1](y) ** 2).mean()
-
-    expected = plain_gradients(model, loss)
-    rank = Rank(model, bucket_bytes)
-    leaving: dict[int, Tensor] = {}
-    keep = rank.buckets._send
-    rank.buckets._send = lambda index, bucket: (leaving.update({index: bucket.source.clone()}), keep(index, bucket))
-    try:
-        rank.step(loss)
-    except JobError:
-        return
-    for index, source in leaving.items():
-        rank.buckets.buckets[index].target.copy_(source)  # what left is what counts
-    rank.buckets.install()
-    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), expected, strict=True))
-
-
-def test_frozen_parameters_are_passed_over() -> None:
-    model = chain(3)
-    model[1].weight.requires_grad_(False)
-    rank = Rank(model)
-    rank.step(loss_of(model))
-    exchange([rank])
-    assert [p.grad is not None for p in model.parameters()] == [True, False, True]
-    assert len(rank.buckets._slots) == 2
+def test_memory_formats_and_empty_parameters_make_no_difference() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3)).to(memory_format=torch.channels_last)
+    model.register_parameter("empty", nn.Parameter(torch.empty(0, 5)))
+    x = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
+    expected = plain_gradients(model, [model(x).square().sum() + model.empty.sum() for _ in range(2)])
+    for bucket_bytes in (ONE_EACH, EVERYTHING):
+        rig = Rig(model, bucket_bytes)
+        rig.step([model(x).square().sum() + model.empty.sum() for _ in range(2)])
+        assert_same(gradients(model), expected)
+        rig.buckets.close()
 
 
 def test_a_sparse_gradient_is_refused_by_name() -> None:
-    rank = Rank(nn.Sequential(nn.Embedding(5, 3, sparse=True)))
-    with pytest.raises(JobError, match=r"the gradient of 0\.weight is sparse .*sparse=False"):
-        rank.step(lambda: rank.model(torch.tensor([1, 2])).sum())
+    model = nn.Embedding(5, 3, sparse=True)
+    rig = Rig(model, EVERYTHING)
+    with pytest.raises(JobError, match="the gradient of weight is sparse.*sparse=False"):
+        rig.step([model(torch.tensor([1, 2])).sum()])
 
 
-@pytest.mark.parametrize("bucket_bytes", [TINY, HUGE])
-def test_dtypes_never_share_a_bucket(bucket_bytes: int) -> None:
-    dtypes = [torch.float32, torch.float64, torch.bfloat16, torch.float32, torch.float32]
-    model = nn.ParameterList(nn.Parameter(torch.ones(3, dtype=dtype)) for dtype in dtypes)
-    rank = Rank(model, bucket_bytes)
-    for slot in rank.buckets._slots:
-        assert rank.allocated[slot.bucket][2] == slot.parameter.dtype == slot.source.dtype
-    assert len(rank.buckets.buckets) == (5 if bucket_bytes == TINY else 4)
-    rank.step(lambda: sum((i + 1) * p.double().sum() for i, p in enumerate(model)))
-    exchange([rank])
-    for number, parameter in enumerate(model):
-        assert parameter.grad.dtype == parameter.dtype
-        assert parameter.grad.tolist() == [number + 1.0] * 3
+class Reentrant(nn.Module):
+    """One layer used twice, each time under reentrant checkpointing: its gradient comes in two parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = checkpoint(self.layer, x, use_reentrant=True)
+        return x.sum()
 
 
-@pytest.mark.parametrize("shape", [(), (0,), (0, 3), (1,), (7,), (2, 3, 5), (97,)])
-def test_a_gradient_has_its_parameters_shape_whatever_that_is(shape: tuple[int, ...]) -> None:
-    model = nn.ParameterList([nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(shape))])
-    rank = Rank(model)
-    rank.step(lambda: 2 * model[1].sum() + model[0].sum())
-    exchange([rank])
-    assert model[1].grad.shape == shape
-    assert torch.equal(model[1].grad, torch.full(shape, 2.0))
+def test_a_gradient_that_comes_twice_in_one_backward_is_refused_by_name() -> None:
+    model = Reentrant()
+    rig = Rig(model, EVERYTHING)
+    with pytest.raises(JobError, match="gradient of layer.*came twice.*use_reentrant=False"):
+        rig.step([model(torch.ones(2, 3, requires_grad=True))])
 
 
-def test_a_parameter_that_does_not_lie_in_order_gets_its_gradient() -> None:
-    weight = nn.Parameter(torch.arange(6.0).view(2, 3).t())
-    model = nn.ParameterList([weight])
-    factors = torch.arange(6.0).view(3, 2)
-    rank = Rank(model)
-    rank.step(lambda: (factors * weight).sum(), lambda: (factors * weight).sum())
-    exchange([rank])
-    assert torch.equal(weight.grad, 2 * factors)
-
-
-def test_every_place_starts_on_a_cache_line_and_none_overlap() -> None:
-    sizes = [1, 3, 16, 17, 5, 0, 97]
-    rank = Rank(nn.ParameterList(nn.Parameter(torch.ones(size)) for size in sizes))
-    (bucket,) = rank.buckets.buckets
-    starts = [slot.source.storage_offset() for slot in rank.buckets._slots if slot.source.numel()]
-    assert all(start * 4 % 64 == 0 for start in starts)
-    for number, slot in enumerate(rank.buckets._slots):
-        slot.source.fill_(number + 1)
-    filled = [int((bucket.source == number + 1).sum()) for number in range(len(sizes))]
-    assert filled == list(reversed(sizes))
-
-
-def test_closing_takes_the_hooks_off() -> None:
-    model = chain(1)
-    rank = Rank(model)
-    rank.buckets.close()
-    rank.buckets.begin_last_backward()
-    loss_of(model)().backward()
-    assert rank.sent == []
-    assert not rank.buckets.buckets[0].source.any()
+def test_closed_buckets_let_go_of_the_parameters() -> None:
+    model = nn.Linear(3, 1)
+    rig = Rig(model, ONE_EACH)
+    rig.buckets.close()
+    model(torch.ones(2, 3)).sum().backward()
+    assert not rig.sent
+    assert model.weight.grad is not None

@@ -173,9 +173,13 @@ def _typed(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[s
     """Make paths of the arguments that are to be paths."""
     parameters = inspect.signature(function, eval_str=True).parameters
     return {
-        key: Path(value) if isinstance(value, str) and parameters[key].annotation is Path else value
+        key: Path(value) if isinstance(value, str) and _is_path(parameters[key].annotation) else value
         for key, value in arguments.items()
     }
+
+
+def _is_path(annotation: Any) -> bool:
+    return annotation is Path or Path in typing.get_args(annotation)
 
 
 def _choose(text: str, choices: Sequence[Any]) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -106,8 +107,10 @@ def _check_batch(plan: Plan, world_size: int) -> None:
     shares = plan.batch.shares or ()
     if len(shares) != world_size:
         raise PlanError(f"batch.shares has {len(shares)} weights, but there are {world_size} ranks; give one for each")
-    if not sum(shares) > 0:
-        raise PlanError("batch.shares are all 0; give at least one rank a weight above 0")
+    if not 0 < sum(shares) < math.inf:
+        raise PlanError(
+            f"batch.shares add up to {sum(shares)}; give at least one rank a weight above 0, such as 1 or 2.5"
+        )
     if plan.batch.size < world_size:
         raise PlanError(
             f"batch.size is {plan.batch.size}, fewer than the {world_size} ranks; it counts the samples of a step over "
