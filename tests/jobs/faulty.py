@@ -70,7 +70,13 @@ def samples(num_samples: int) -> TensorDataset:
 
 
 def job(
-    fault: Fault = "", rank: int = 1, at: int = 5, nap_s: float = 0.0, num_samples: int = 64, width: int = 8, rate: float = 1e-2
+    fault: Fault = "",
+    rank: int = 1,
+    at: int = 5,
+    nap_s: float = 0.0,
+    num_samples: int = 64,
+    width: int = 8,
+    rate: float = 1e-2,
 ) -> shoal.Job:
     """A small perceptron under SGD."""
     return shoal.Job(

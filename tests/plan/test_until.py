@@ -33,8 +33,7 @@ def test_every_condition_reads_back(name: str, at_most: bool, bound: float) -> N
 
 @pytest.mark.parametrize(
     "text",
-    ["", "val_loss", "val_loss<1.9", "val_loss=1.9", "val_loss<=", "<=1.9", "val_loss<=one", "a b<=1", "x<=1<=2"]
-    + ["x<=nan", "x>=1e", "x<=--1", "x==1", "1.9>=val loss"],
+    ["", "x", "x<1.9", "x=1.9", "x==1", "x<=", "<=1.9", "x<=one", "a b<=1", "x<=1<=2", "x<=nan", "x>=1e", "x<=--1"],
 )
 def test_anything_else_is_refused_and_shown(text: str) -> None:
     with pytest.raises(PlanError, match=r"expected a condition such as 'val_loss<=1\.9' or 'accuracy>=0\.98'") as error:

@@ -70,10 +70,11 @@ def resolve(name: str, settings: Sequence[str] = ()) -> Target:
 
 def target_of(function: Callable[..., Job], arguments: Mapping[str, Any]) -> Target:
     """Name a function object: it must stand at the top level of a file or module."""
-    source = inspect.getsourcefile(function)
+    plain = inspect.unwrap(function)
+    source = inspect.getsourcefile(plain) if inspect.isfunction(plain) else None
     if source is None or function.__qualname__ != function.__name__ or function.__name__ == "<lambda>":
         raise TargetError(
-            f"the job {function.__qualname__!r} cannot be named, so worker processes cannot find it; expected a "
+            f"the job {getattr(function, '__qualname__', function)!r} cannot be named, so worker processes cannot find it; expected a "
             "function at the top level of a .py file"
         )
     name = f"{Path(source).absolute()}:{function.__name__}"
@@ -114,10 +115,10 @@ def _load_file(path: Path) -> types.ModuleType:
         sys.path.insert(0, str(path.parent))  # as `python path.py` would: the job may import its neighbours
     try:
         spec.loader.exec_module(module)
-    except SyntaxError as error:
-        raise TargetError(f"{path}:{error.lineno}: not valid Python: {error.msg}") from None
-    except BaseException:
+    except BaseException as error:
         del sys.modules[name]
+        if isinstance(error, SyntaxError):
+            raise TargetError(f"{error.filename}:{error.lineno}: not valid Python: {error.msg}") from None
         raise
     return module
 
@@ -133,7 +134,7 @@ def _load_module(name: str) -> types.ModuleType:
 
 
 def _arguments(name: str, function: Callable[..., Any], settings: Sequence[str]) -> dict[str, Any]:
-    parameters = inspect.signature(function, eval_str=True).parameters
+    parameters = _parameters(function)
     arguments: dict[str, Any] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
@@ -150,8 +151,16 @@ def _arguments(name: str, function: Callable[..., Any], settings: Sequence[str])
     return arguments
 
 
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(function, eval_str=True).parameters
+    except NameError:  # an annotation that exists for type checkers only
+        return inspect.signature(function).parameters
+
+
 def _convert(key: str, text: str, parameter: inspect.Parameter) -> Any:
     kind = parameter.annotation
+    kind = {"int": int, "float": float, "str": str, "bool": bool}.get(kind, kind) if isinstance(kind, str) else kind
     if kind is parameter.empty:
         kind = type(parameter.default) if parameter.default not in (None, parameter.empty) else str
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
@@ -171,7 +180,7 @@ def _convert(key: str, text: str, parameter: inspect.Parameter) -> Any:
 
 def _typed(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Make paths of the arguments that are to be paths."""
-    parameters = inspect.signature(function, eval_str=True).parameters
+    parameters = _parameters(function)
     return {
         key: Path(value) if isinstance(value, str) and _is_path(parameters[key].annotation) else value
         for key, value in arguments.items()

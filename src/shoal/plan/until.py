@@ -27,9 +27,9 @@ class Until:
         """
         match = re.fullmatch(r"\s*(\w+)\s*(<=|>=)\s*([-+0-9.eE]+)\s*", text)
         try:
-            assert match is not None
-            return cls(match[1], match[2] == "<=", float(match[3]))
-        except (AssertionError, ValueError):
+            name, relation, bound = match.groups() if match else ("", "", "")
+            return cls(name, relation == "<=", float(bound))
+        except ValueError:
             raise PlanError(
                 f"stop.until: got {text!r}, expected a condition such as 'val_loss<=1.9' or 'accuracy>=0.98'"
             ) from None

@@ -59,14 +59,11 @@ class Archive:
         temporary = self._folder / f".step-{step:08d}.tmp"
         try:
             size_bytes = _write_folder(temporary, step, state, tensors, best=best)
-            if final.exists():
-                shutil.rmtree(final)
-            temporary.rename(final)
-            sync_folder(self._folder)
+            self._put_in_place(temporary, final)
         except (OSError, ValueError, safetensors.SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise CheckpointError(_refusal(final, error)) from None
-        self._prune()
+        self._prune(step)
         return final, size_bytes
 
     def list(self) -> list[Saved]:
@@ -85,11 +82,36 @@ class Archive:
         return self._folder / name
 
     def sweep(self) -> None:
-        """Delete what a crash left half written."""
+        """Delete what a crash left half written, and put back what it left aside."""
         for path in self._folder.glob(".step-*.tmp"):
             shutil.rmtree(path, ignore_errors=True)
+        for path in self._folder.glob(".step-*.old"):
+            final = self._folder / path.name.removeprefix(".").removesuffix(".old")
+            if final.exists():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.rename(final)
 
-    def _prune(self) -> None:
+    def _put_in_place(self, temporary: Path, final: Path) -> None:
+        """Rename; what stood there stands aside until that is done, and comes back if it is refused."""
+        aside = self._folder / f".{final.name}.old"
+        shutil.rmtree(aside, ignore_errors=True)
+        if final.exists():
+            final.rename(aside)
+        try:
+            temporary.rename(final)
+        except OSError:
+            if aside.exists():
+                aside.rename(final)
+            raise
+        sync_folder(self._folder)
+        shutil.rmtree(aside, ignore_errors=True)
+
+    def _prune(self, written: int) -> None:
+        """Keep what is to be kept of the steps up to `written`; later ones belong to a course that was given up."""
+        for saved in self.list():
+            if saved.step > written:
+                shutil.rmtree(saved.path, ignore_errors=True)
         everything = self.list()
         kept = {saved.path for saved in everything[-self._keep :]}
         if self._keep_best:
