@@ -24,7 +24,9 @@ A message says what was got, what was expected, where, and what to do about it.
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class ShoalError(Exception):
@@ -102,3 +104,15 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     """Return ` (did you mean 'x'?)` for the valid name closest to `name`, or an empty string."""
     close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
     return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def user_traceback(error: BaseException) -> str:
+    """The traceback from the user's own code on: what Shoal, torch and the import system did to get there is left out."""
+    ours = (str(Path(__file__).parent), "<frozen")
+    stack = traceback.TracebackException.from_exception(error)
+    frames = list(stack.stack)
+    theirs = [
+        i for i, f in enumerate(frames) if not f.filename.startswith(ours) and "/site-packages/torch/" not in f.filename
+    ]
+    stack.stack = traceback.StackSummary.from_list(frames[theirs[0] if theirs else 0 :])
+    return "".join(stack.format())

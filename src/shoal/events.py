@@ -28,12 +28,15 @@ A reader must ignore kinds and fields that it does not know.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
+
+from shoal.errors import MachineError
 
 Event = dict[str, Any]
 
@@ -48,14 +51,22 @@ class EventLog:
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, kind: str, **fields: Any) -> None:
-        """Append one event. Non-finite numbers are written as null, which JSON can carry."""
+        """Append one event. Non-finite numbers are written as null, which JSON can carry.
+
+        Raises:
+            MachineError: the disk refused.
+        """
         event = {"t": round(time.time(), 6), "source": self.source, "kind": kind}
         event |= {name: _plain(value) for name, value in fields.items()}
-        self._file.write(json.dumps(event, separators=(",", ":")) + "\n")
+        try:
+            self._file.write(json.dumps(event, separators=(",", ":")) + "\n")
+        except OSError as error:
+            raise MachineError(f"cannot write the event log {self.path}: {error.strerror or error}") from None
 
     def close(self) -> None:
         """Close the file; the log must not be written to afterwards."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # a full disk has been told when the event was written
+            self._file.close()
 
     def __enter__(self) -> Self:
         return self

@@ -153,6 +153,21 @@ def test_with_a_lossy_codec_all_replicas_stay_equal_and_close_to_the_reference(n
     assert len(set(digests)) == 1
 
 
+def test_running_statistics_are_those_of_the_ranks_that_saw_samples(tmp_path: Path) -> None:
+    target = TARGET.replace(":job", ":normalized")
+    run = train_on(["a", "a"], target, plan_text("", "shares = [1, 0]"), tmp_path / "run")
+    random_state.seed_all(SEED, 0)
+    job = resolve(target).load()
+    data, model = job.data(), job.model()
+    for step in range(STEPS):
+        epoch, place = divmod(step, 4)
+        order = shuffled(np.arange(48), 48, seed=SEED, epoch=epoch)
+        model(*data[torch.from_numpy(order[place * BATCH : (place + 1) * BATCH])][::2])
+    trained = final_state(run)["model"]
+    for name in ("norm.running_mean", "norm.running_var"):
+        assert relative_difference(trained[name], model.state_dict()[name]) < 1e-12, name
+
+
 def relative_difference(got: Tensor, expected: Tensor) -> float:
     return ((got - expected).norm() / expected.norm()).item()
 

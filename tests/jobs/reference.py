@@ -74,3 +74,22 @@ def job(num_samples: int = 50, optimizer: Literal["adamw", "sgd"] = "adamw", dig
         optimizer=lambda p: AdamW(shoal.decay_groups(p, 0.1), 1e-2) if optimizer == "adamw" else SGD(p, 1e-2),
         schedule=shoal.warmup(3, total=20, floor=0.1),
     )
+
+
+class Normalized(nn.Module):
+    """Batch norm, whose running statistics each rank moves by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(6)
+        self.last = nn.Linear(6, 1)
+        self.double()
+
+    def forward(self, x: Tensor, _: Tensor) -> Tensor:
+        """(batch, 6) to (batch, 1)."""
+        return self.last(self.norm(x))
+
+
+def normalized() -> shoal.Job:
+    """The same regression with batch norm."""
+    return shoal.Job(model=Normalized, data=lambda: samples(48), loss=Loss(None), optimizer=lambda p: SGD(p, 1e-2))

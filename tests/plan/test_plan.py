@@ -181,7 +181,7 @@ def test_a_resolved_plan_leaves_nothing_open_and_resolves_to_itself(world_size: 
     [
         ("[layout]\nreplicate = 4", r"layout\.replicate is 4, but there are 3 ranks"),
         ("[batch]\nshares = [1, 2]", r"batch\.shares has 2 weights, but there are 3 ranks"),
-        ("[batch]\nshares = [0, 0, 0]", r"batch\.shares are all 0"),
+        ("[batch]\nshares = [0, 0, 0]", r"batch\.shares add up to 0.*at least one rank"),
         ("[batch]\nshares = [1e308, 1e308, 1e308]", r"batch\.shares"),
         ("[batch]\nsize = 2", r"batch\.size is 2, fewer than the 3 ranks"),
         ("[stop]\nuntil = 'val_loss=1'", r"got 'val_loss=1', expected a condition such as 'val_loss<=1\.9'"),

@@ -29,7 +29,7 @@ from shoal.engine.progress import Progress
 from shoal.engine.replicas import make_equal
 from shoal.engine.stopping import StopRule
 from shoal.engine.validation import Validator
-from shoal.errors import CheckpointError, JobError, PeerLostError, RunError, ShoalError
+from shoal.errors import CheckpointError, JobError, PeerLostError, RunError, ShoalError, user_traceback
 from shoal.events import EventLog
 from shoal.job.job import Job
 from shoal.job.target import Target, code_of
@@ -37,8 +37,6 @@ from shoal.plan import Plan, load_plan, plan_hash
 from shoal.run import Run
 from shoal.strategy.topology import Topology
 from shoal.wire.rendezvous import Identity, Membership, identity_from, join, leave, start_collectives
-
-_NOT_THE_USERS = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent), "<frozen")
 
 
 def main() -> None:
@@ -225,20 +223,10 @@ def _peak_memory_bytes() -> int:
 def _report(error: BaseException, log: EventLog) -> None:
     text = "".join(traceback.format_exception(error))
     print(text, file=sys.stderr, flush=True)
-    fields: dict[str, Any] = {"error": type(error).__name__, "message": str(error), "traceback": _trim(error)}
+    trace = "" if isinstance(error, ShoalError) else user_traceback(error)
+    fields: dict[str, Any] = {"error": type(error).__name__, "message": str(error), "traceback": trace}
     fields["symptom"] = isinstance(error, PeerLostError)
     log.write("error", **fields)
-
-
-def _trim(error: BaseException) -> str:
-    """The traceback from the user's own code on: what Shoal did to get there is of no use to them."""
-    if isinstance(error, ShoalError):
-        return ""
-    stack = traceback.TracebackException.from_exception(error)
-    frames = list(stack.stack)
-    first = next((i for i, frame in enumerate(frames) if not frame.filename.startswith(_NOT_THE_USERS)), 0)
-    stack.stack = traceback.StackSummary.from_list(frames[first:])
-    return "".join(stack.format())
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shoal.errors import JobError, TargetError, nearest
+from shoal.errors import JobError, ShoalError, TargetError, nearest, user_traceback
 from shoal.job.job import Job
 
 
@@ -74,8 +74,8 @@ def target_of(function: Callable[..., Job], arguments: Mapping[str, Any]) -> Tar
     source = inspect.getsourcefile(plain) if inspect.isfunction(plain) else None
     if source is None or function.__qualname__ != function.__name__ or function.__name__ == "<lambda>":
         raise TargetError(
-            f"the job {getattr(function, '__qualname__', function)!r} cannot be named, so worker processes cannot find it; expected a "
-            "function at the top level of a .py file"
+            f"the job {getattr(function, '__qualname__', function)!r} cannot be named, so worker processes cannot find it; "
+            "expected a function at the top level of a .py file"
         )
     name = f"{Path(source).absolute()}:{function.__name__}"
     if unknown := set(arguments) - set(inspect.signature(function).parameters):
@@ -119,6 +119,8 @@ def _load_file(path: Path) -> types.ModuleType:
         del sys.modules[name]
         if isinstance(error, SyntaxError):
             raise TargetError(f"{error.filename}:{error.lineno}: not valid Python: {error.msg}") from None
+        if isinstance(error, Exception) and not isinstance(error, ShoalError):
+            raise TargetError(f"{path} failed while it was imported:\n\n{user_traceback(error)}") from None
         raise
     return module
 

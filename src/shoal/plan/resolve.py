@@ -107,9 +107,11 @@ def _check_batch(plan: Plan, world_size: int) -> None:
     shares = plan.batch.shares or ()
     if len(shares) != world_size:
         raise PlanError(f"batch.shares has {len(shares)} weights, but there are {world_size} ranks; give one for each")
-    if not 0 < sum(shares) < math.inf:
+    if sum(shares) == 0:
+        raise PlanError("batch.shares are all 0; give at least one rank a weight above 0")
+    if sum(shares) == math.inf:
         raise PlanError(
-            f"batch.shares add up to {sum(shares)}; give at least one rank a weight above 0, such as 1 or 2.5"
+            "batch.shares are too large to add up; only their proportions count, so divide all by the largest"
         )
     if plan.batch.size < world_size:
         raise PlanError(

@@ -137,21 +137,33 @@ class SharedMemoryTransport:
         return PeerLostError(f"local rank {self._index} lost local rank {index} of the same node: {reason}")
 
     def _exchange_descriptors(self, own: int) -> list[int]:
+        """Give every peer this rank's file and take theirs; the descriptors are the caller's to close."""
         descriptors = {self._index: own}
-        for index, peer in self._peers.items():
-            try:
-                socket.send_fds(peer, [b"\1"], [own])
-            except OSError as error:
-                raise self._lost(index, error) from None
-        for index, peer in self._peers.items():
-            try:
-                message, received, _, _ = socket.recv_fds(peer, 1, 1)
-            except OSError as error:
-                raise self._lost(index, error) from None
-            if message != b"\1" or len(received) != 1:
-                raise self._lost(index, None)
-            descriptors[index] = received[0]
+        try:
+            for index, peer in self._peers.items():
+                self._give(index, peer, own)
+            for index, peer in self._peers.items():
+                descriptors[index] = self._take(index, peer)
+        except BaseException:
+            for descriptor in descriptors.values():
+                os.close(descriptor)
+            raise
         return [descriptors[index] for index in range(self._size)]
+
+    def _give(self, index: int, peer: socket.socket, descriptor: int) -> None:
+        try:
+            socket.send_fds(peer, [b"\1"], [descriptor])
+        except OSError as error:
+            raise self._lost(index, error) from None
+
+    def _take(self, index: int, peer: socket.socket) -> int:
+        try:
+            message, received, _, _ = socket.recv_fds(peer, 1, 1)
+        except OSError as error:
+            raise self._lost(index, error) from None
+        if message != b"\1" or len(received) != 1:
+            raise self._lost(index, None)
+        return received[0]
 
 
 def _connect(

@@ -91,10 +91,14 @@ class CheckpointSession:
         return restored
 
     def last_good(self) -> str:
-        """A phrase that names the newest checkpoint, for messages."""
-        self.wait()
-        whole = [saved for saved in self._archive.list() if saved.step >= 0]
-        return f"the last good checkpoint is {whole[-1].path}" if whole else "no checkpoint was written before"
+        """A phrase that names the newest checkpoint, for messages: rank 0's word, since it may still be writing."""
+        if self._rank == 0:
+            self.wait()
+            whole = [saved for saved in self._archive.list() if saved.step >= 0]
+            phrase = f"the last good checkpoint is {whole[-1].path}" if whole else "no checkpoint was written before"
+            self._store.set("last_good", phrase)
+        self._store.wait(["last_good"], _PATIENCE)
+        return self._store.get("last_good").decode()
 
     def _choose(self) -> str:
         damaged: list[str] = []
