@@ -107,7 +107,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 
 def user_traceback(error: BaseException) -> str:
-    """The traceback from the user's own code on: what Shoal, torch and the import system did to get there is left out."""
+    """The traceback from the user's own code on, without what Shoal, torch and the import system did to get there."""
     ours = (str(Path(__file__).parent), "<frozen")
     stack = traceback.TracebackException.from_exception(error)
     frames = list(stack.stack)

@@ -253,7 +253,7 @@ def test_memory_formats_and_empty_parameters_make_no_difference() -> None:
 def test_a_sparse_gradient_is_refused_by_name() -> None:
     model = nn.Embedding(5, 3, sparse=True)
     rig = Rig(model, EVERYTHING)
-    with pytest.raises(JobError, match="the gradient of weight is sparse.*sparse=False"):
+    with pytest.raises(JobError, match=r"the gradient of weight is sparse.*sparse=False"):
         rig.step([model(torch.tensor([1, 2])).sum()])
 
 
@@ -273,7 +273,7 @@ class Reentrant(nn.Module):
 def test_a_gradient_that_comes_twice_in_one_backward_is_refused_by_name() -> None:
     model = Reentrant()
     rig = Rig(model, EVERYTHING)
-    with pytest.raises(JobError, match="gradient of layer.*came twice.*use_reentrant=False"):
+    with pytest.raises(JobError, match=r"gradient of layer.*came twice.*use_reentrant=False"):
         rig.step([model(torch.ones(2, 3, requires_grad=True))])
 
 

@@ -74,7 +74,7 @@ def target_of(function: Callable[..., Job], arguments: Mapping[str, Any]) -> Tar
     source = inspect.getsourcefile(plain) if inspect.isfunction(plain) else None
     if source is None or function.__qualname__ != function.__name__ or function.__name__ == "<lambda>":
         raise TargetError(
-            f"the job {getattr(function, '__qualname__', function)!r} cannot be named, so worker processes cannot find it; "
+            f"the job {getattr(function, '__qualname__', function)!r} cannot be named, so workers cannot find it; "
             "expected a function at the top level of a .py file"
         )
     name = f"{Path(source).absolute()}:{function.__name__}"

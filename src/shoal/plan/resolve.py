@@ -108,7 +108,7 @@ def _check_batch(plan: Plan, world_size: int) -> None:
     if len(shares) != world_size:
         raise PlanError(f"batch.shares has {len(shares)} weights, but there are {world_size} ranks; give one for each")
     if sum(shares) == 0:
-        raise PlanError("batch.shares are all 0; give at least one rank a weight above 0")
+        raise PlanError("batch.shares add up to 0; give at least one rank a weight above 0")
     if sum(shares) == math.inf:
         raise PlanError(
             "batch.shares are too large to add up; only their proportions count, so divide all by the largest"
