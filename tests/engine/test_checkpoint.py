@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import threading
@@ -169,6 +170,44 @@ def test_a_step_may_be_written_again(tmp_path: Path) -> None:
     assert [(saved.step, saved.best) for saved in store.list()] == [(5, True)]
 
 
+@pytest.mark.parametrize("renames_before", [0, 1, 2])
+@pytest.mark.parametrize("refused", [False, True], ids=["crash", "refusal"])
+def test_writing_a_step_again_never_leaves_less_than_one_whole(
+    renames_before: int, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Archive(tmp_path, keep=1, keep_best=True)
+    write(store, 5)
+    rename, done = Path.rename, []
+
+    def fail(self: Path, target: Path) -> Path:
+        done.append(self)
+        if len(done) == renames_before + 1:
+            raise OSError(5, "Input/output error") if refused else KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt, CheckpointError):
+        patch.setattr(Path, "rename", fail)
+        write(store, 5, best=True)
+    if not refused:  # a refusal is mended at once, a crash when the run is resumed
+        store.sweep()
+    assert steps(tmp_path) == [5]
+    assert archive.read(tmp_path / "step-00000005")[0] == {"step": 5}
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("keep", [1, 2])
+def test_what_was_just_written_is_never_pruned_in_favour_of_a_later_one_that_is_damaged(
+    name: str, keep: int, tmp_path: Path
+) -> None:
+    store = Archive(tmp_path, keep=keep, keep_best=False)
+    write(store, 100)
+    write(store, 300)
+    (tmp_path / "step-00000300" / name).unlink()
+    path = write(store, 200)  # the run went back to 100
+    assert archive.read(path)[0] == {"step": 200}
+
+
 def test_a_refusing_disk_leaves_what_stood_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Archive(tmp_path, keep=1, keep_best=False)
     write(store, 5)
@@ -304,3 +343,15 @@ def test_a_failure_is_logged_remembered_and_forgotten_after_a_success(
     writer.wait()
     assert writer.failed is None
     assert [e["kind"] for e in read_events(tmp_path / "events")] == ["checkpoint_failed", "checkpoint_saved"]
+
+
+def test_a_state_that_has_diverged_takes_no_good_ones_place(writer: CheckpointWriter, tmp_path: Path) -> None:
+    weights, mask = torch.ones(3), torch.full((2,), -math.inf)
+    for step, value in ((1, 1.0), (2, math.inf)):
+        weights.fill_(value)
+        state = {"model": {"weights": weights, "mask": mask}}
+        writer.begin(step, state, best=False, volatile=[mask], late=lambda: None)
+        writer.wait()
+    assert writer.failed is not None
+    assert "model.weights is not finite" in writer.failed
+    assert [saved.step for saved in Archive(tmp_path / "checkpoints", keep=2, keep_best=True).list()] == [1]

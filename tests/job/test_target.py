@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -126,8 +127,32 @@ def test_a_file_that_is_not_python_is_told_with_its_line(path: Path) -> None:
 
 def test_an_import_that_fails_inside_the_job_is_the_jobs_own(path: Path) -> None:
     path.write_text("import no_such_module\n")
-    with pytest.raises(TargetError, match="(?s)line 1.*No module named .no_such_module"):
+    with pytest.raises(TargetError, match=r"(?s)line 1.*No module named .no_such_module"):
         resolve(f"{path}:job")
+
+
+def test_a_mistake_in_a_neighbour_is_told_by_the_neighbours_own_name(path: Path) -> None:
+    neighbour = f"beside_{path.stem}"
+    (path.parent / f"{neighbour}.py").write_text("\n\ndef (:\n")
+    path.write_text(f"import {neighbour}\n{SOURCE}")
+    with pytest.raises(TargetError, match=rf"{neighbour}\.py:3: not valid Python"):
+        resolve(f"{path}:job")
+
+
+def test_a_file_that_was_mended_can_be_named_again(path: Path) -> None:
+    path.write_text("def job(:\n")
+    with pytest.raises(TargetError):
+        resolve(f"{path}:job")
+    path.write_text(SOURCE)
+    assert resolve(f"{path}:job").load() is not None
+
+
+def test_annotations_that_only_a_type_checker_can_read_are_no_hindrance(path: Path) -> None:
+    header = "from __future__ import annotations\nfrom typing import TYPE_CHECKING\n"
+    header += "if TYPE_CHECKING:\n    from nowhere import Thing\n"
+    path.write_text(f"{header}{SOURCE}\ndef other_job(width: int = 1, thing: Thing = None): return job(layers=width)\n")
+    assert resolve(f"{path}:other_job", ["width=3"]).load() is not None
+    assert sys.modules[f"shoal_job_{path.stem}"].GIVEN["layers"] == 3
 
 
 def test_a_job_may_import_its_neighbours(path: Path) -> None:
@@ -172,7 +197,7 @@ def test_a_function_that_no_other_process_could_find_is_refused() -> None:
     def inner() -> Any:
         """Never called."""
 
-    for function in (inner, lambda: None):
+    for function in (inner, lambda: None, functools.partial(top_level_job), len):
         with pytest.raises(TargetError, match="at the top level"):
             target_of(function, {})
     with pytest.raises(TargetError, match="has no parameter 'width'"):

@@ -92,11 +92,16 @@ class GradientBuckets:
         while self._next < len(self.buckets):
             self._send_next()
 
-    def install(self) -> None:
-        """Point every parameter's gradient at the reduced values; None where no rank had one."""
+    def install(self) -> int:
+        """Point every parameter's gradient at the reduced values, or to None where no rank had one.
+
+        Returns:
+            How many parameters have a gradient.
+        """
         used = torch.cat([bucket.target[bucket.num_values :] for bucket in self.buckets]).tolist()
         for slot, count in zip(self._slots, used, strict=True):
             slot.parameter.grad = slot.target if count > 0 else None
+        return sum(count > 0 for count in used)
 
     def close(self) -> None:
         """Take the hooks off the parameters."""

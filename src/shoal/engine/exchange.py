@@ -13,6 +13,7 @@ from shoal.engine.agreement import Agreement, Verdict
 from shoal.engine.buckets import GradientBuckets
 from shoal.engine.clipping import clip
 from shoal.engine.communicator import Lane
+from shoal.errors import JobError
 from shoal.ops import NODE, WORLD
 from shoal.strategy.bucket import Bucket
 from shoal.strategy.sync.allreduce import AllReduceSync
@@ -96,8 +97,16 @@ class GradientExchange:
         return float(self._lanes[0].wait(self._lanes[0].submit(exchange)))
 
     def install(self) -> None:
-        """Make the reduced gradients the parameters' `grad`."""
-        self._buckets.install()
+        """Make the reduced gradients the parameters' `grad`.
+
+        Raises:
+            JobError: no rank had a gradient for anything.
+        """
+        if self._buckets.install() == 0:
+            raise JobError(
+                "no parameter got a gradient on any rank; expected a loss that depends on the model's parameters: is "
+                "it computed under torch.no_grad, or from detached tensors?"
+            )
 
     def release(self) -> None:
         """This rank has read its gradients: the memory may be written again once all ranks say so."""

@@ -144,7 +144,8 @@ class Loop:
                 exchange.before_last_backward(total, stop=self._wants_to_stop())
             else:
                 exchange.before_backward()
-            part.backward()
+            if part.requires_grad:  # samples that touch no trainable parameter add nothing; another rank's may
+                part.backward()
         if not batch.micro_batches:
             exchange.before_last_backward(total, stop=self._wants_to_stop())
 

@@ -55,8 +55,8 @@ class Archive:
         Raises:
             CheckpointError: the disk refused; what stood before is untouched.
         """
-        final = self._folder / f"step-{step:08d}"
-        temporary = self._folder / f".step-{step:08d}.tmp"
+        final = self._folder / _name(step)
+        temporary = self._folder / f".{_name(step)}.tmp"
         try:
             size_bytes = _write_folder(temporary, step, state, tensors, best=best)
             self._put_in_place(temporary, final)
@@ -109,10 +109,11 @@ class Archive:
 
     def _prune(self, written: int) -> None:
         """Keep what is to be kept of the steps up to `written`; later ones belong to a course that was given up."""
-        for saved in self.list():
-            if saved.step > written:
-                shutil.rmtree(saved.path, ignore_errors=True)
         everything = self.list()
+        last = [saved.path.name for saved in everything].index(_name(written))
+        for saved in everything[last + 1 :]:  # by name: a damaged one may not tell its step
+            shutil.rmtree(saved.path, ignore_errors=True)
+        everything = everything[: last + 1]
         kept = {saved.path for saved in everything[-self._keep :]}
         if self._keep_best:
             kept |= {saved.path for saved in [saved for saved in everything if saved.best][-1:]}
@@ -140,6 +141,10 @@ def read(path: Path) -> tuple[Any, dict[str, Tensor]]:
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         raise CheckpointError(f"checkpoint {path} is damaged: {reason}") from None
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def _write_folder(folder: Path, step: int, state: Any, tensors: dict[str, Tensor], *, best: bool) -> int:

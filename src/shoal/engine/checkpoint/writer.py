@@ -91,10 +91,12 @@ class CheckpointWriter:
     ) -> None:
         try:
             try:
-                copies |= {name: _copy(tensor) for name, tensor in rest.items()}
+                fresh = {name: _copy(tensor) for name, tensor in rest.items()}
             finally:
                 self._copied.set()
             _yield_to_training()
+            _check_finite(step, fresh)
+            copies |= fresh
             started = time.perf_counter()
             state = {"state": encoded, "late": late()}
             path, size_bytes = self._archive.write(step, state, copies, best=best)
@@ -119,6 +121,16 @@ def _yield_to_training(niceness: int = 10) -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError):  # back to 0 needs a right; without it the copies, too, are made politely
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
+
+
+def _check_finite(step: int, tensors: dict[str, Tensor]) -> None:
+    """A state that has diverged must not take the place of a good one: an overflow shows in the loss a step later."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise CheckpointError(
+                f"the state after step {step} is not saved: {name.removeprefix('state.')} is not finite; earlier "
+                "checkpoints are untouched"
+            )
 
 
 def _copy(tensor: Tensor) -> Tensor:
