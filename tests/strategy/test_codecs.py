@@ -84,3 +84,9 @@ def test_bf16_rounds_to_nearest_even() -> None:
 def test_bf16_takes_two_bytes_whatever_the_values_take() -> None:
     assert [Bf16Codec().size_bytes(10, item) for item in (2, 4, 8)] == [20, 20, 20]
     assert [NoneCodec().size_bytes(10, item) for item in (2, 4, 8)] == [20, 40, 80]
+
+
+def test_bf16_is_wrong_by_at_most_one_part_in_256() -> None:
+    original = torch.cat([torch.logspace(-37, 37, 999), -torch.logspace(-37, 37, 999), torch.zeros(2)]).view(2, -1)
+    decoded = Bf16Codec().decode(Bf16Codec().encode(original), like=original)
+    assert torch.all((decoded - original).abs() <= 2**-8 * original.abs())

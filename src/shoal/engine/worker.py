@@ -13,6 +13,7 @@ import resource
 import sys
 import time
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,19 @@ def main() -> None:
     os._exit(code)  # not sys.exit: after a failure the communication thread may wait for a peer for ever
 
 
+@dataclass(frozen=True)
+class _Context:
+    """What a rank knows once all have met."""
+
+    run: Run
+    plan: Plan
+    target: Target
+    membership: Membership
+    topology: Topology
+    device: torch.device
+    log: EventLog
+
+
 def _work(run: Run, identity: Identity, log: EventLog, *, resume: bool) -> None:
     logging.captureWarnings(True)
     stop_request = control.listen(os.environ)
@@ -65,38 +79,28 @@ def _work(run: Run, identity: Identity, log: EventLog, *, resume: bool) -> None:
     device = build.choose_device(plan.compute, topology)
     build.set_threads(plan.compute, topology)
     start_collectives(membership, device)
+    context = _Context(run, plan, target, membership, topology, device, log)
     job = target.load()
-    loop = _assemble(run, plan, job, membership, topology, device, log, stop_request, resume=resume)
-    _announce(log, plan, target, topology, device, loop)
+    loop = _assemble(context, job, stop_request, resume=resume)
+    _announce(context, loop)
     started = time.perf_counter()
     reason = loop.run()
-    _conclude(loop, job, log, reason, time.perf_counter() - started, topology.rank)
+    _conclude(context, loop, job, reason, time.perf_counter() - started)
     loop.close()
     leave(membership)
 
 
-def _assemble(
-    run: Run,
-    plan: Plan,
-    job: Job,
-    membership: Membership,
-    topology: Topology,
-    device: torch.device,
-    log: EventLog,
-    stop_request: control.StopRequest,
-    *,
-    resume: bool,
-) -> Loop:
-    parts = build.build_parts(job, plan, topology, device)
+def _assemble(context: _Context, job: Job, stop_request: control.StopRequest, *, resume: bool) -> Loop:
+    plan, topology, device, log = context.plan, context.topology, context.device, context.log
     rank, world_size = topology.rank, topology.world_size
-    archive = Archive(run.checkpoints, keep=plan.checkpoint.keep, keep_best=plan.checkpoint.best)
-    checkpoints = CheckpointSession(membership.store, rank, world_size, archive, log, device)
+    parts = build.build_parts(job, plan, topology, device)
+    archive = Archive(context.run.checkpoints, keep=plan.checkpoint.keep, keep_best=plan.checkpoint.best)
+    checkpoints = CheckpointSession(context.membership.store, rank, world_size, archive, log, device)
     state = checkpoints.restore() if resume else None
     progress = restore(parts, state) if state else Progress()
-    del state
     make_equal(parts.model)
     sync = build.build_sync(plan, topology)
-    lanes = build.build_lanes(sync, topology, membership, device)
+    lanes = build.build_lanes(sync, topology, context.membership, device)
     forward = Forward(parts.model, job.loss, device, plan.compute.precision)
     if rank == 0:
         for message in build.no_effect(plan, sync, topology, parts, job):
@@ -111,8 +115,12 @@ def _assemble(
         stop_request=stop_request,
         log=log,
     )
+    return Loop(_loop_config(plan, rank), crew, progress)
+
+
+def _loop_config(plan: Plan, rank: int) -> LoopConfig:
     assert plan.batch.shares is not None
-    config = LoopConfig(
+    return LoopConfig(
         rank=rank,
         weight=plan.batch.shares[rank] / sum(plan.batch.shares),
         clip_norm=plan.compute.clip_norm,
@@ -120,7 +128,6 @@ def _assemble(
         checkpoint_every=plan.checkpoint.every,
         keep_best=plan.checkpoint.best,
     )
-    return Loop(config, crew, progress)
 
 
 def _validator(plan: Plan, job: Job, parts: build.Parts, forward: Forward, topology: Topology) -> Validator | None:
@@ -162,16 +169,17 @@ def _fingerprint(plan: Plan, target: Target) -> dict[str, str]:
     }
 
 
-def _announce(log: EventLog, plan: Plan, target: Target, topology: Topology, device: torch.device, loop: Loop) -> None:
+def _announce(context: _Context, loop: Loop) -> None:
+    plan, target, topology = context.plan, context.target, context.topology
     parts = loop.parts
-    log.write(
+    context.log.write(
         "run_started",
         plan_hash=plan_hash(plan),
         job=target.name,
         arguments=dict(target.arguments),
         world_size=topology.world_size,
         node=topology.nodes[topology.rank],
-        device=str(device),
+        device=str(context.device),
         num_parameters=sum(p.numel() for p in parts.model.parameters()),
         steps_per_epoch=parts.loader.steps_per_epoch,
         torch=torch.__version__,
@@ -186,8 +194,9 @@ def _announce(log: EventLog, plan: Plan, target: Target, topology: Topology, dev
     )
 
 
-def _conclude(loop: Loop, job: Job, log: EventLog, reason: str, seconds: float, rank: int) -> None:
-    if rank == 0 and job.sample is not None:
+def _conclude(context: _Context, loop: Loop, job: Job, reason: str, seconds: float) -> None:
+    log = context.log
+    if context.topology.rank == 0 and job.sample is not None:
         _show_sample(loop, job, log)
     progress = loop.progress
     log.write(
