@@ -21,7 +21,7 @@ from shoal.job.target import resolve
 from shoal.plan import parse_plan
 from step_time import EXAMPLE, MODELS
 
-EVERY = 6
+EVERY = 12
 
 
 def figures_of(events: list[Event]) -> dict[str, list[float]]:

@@ -40,7 +40,7 @@ class Where:
     """On what to train.
 
     Attributes:
-        nodes: the number of workers; default 1, or the lab's.
+        nodes: the number of workers; default: the lab's, those of the run that is resumed, or 1.
         on: "local" (processes on this machine) or "lab" (an emulated network on this machine).
         lab: the lab's description, e.g. "nodes=4,link=100mbit,cpu=0.5", or a cluster.toml.
         port: where rank 0 listens, on local; 0 takes a free one.
@@ -109,9 +109,10 @@ def execute(
 ) -> Result:
     """What `train` and the command line share. `show` is given the growing history a few times a second."""
     cluster = _cluster(where)
-    world_size = cluster.world_size if cluster else where.nodes or 1
     wanted = load_plan(Path(plan)) if isinstance(plan, str | Path) else plan
     run = open_run(folder, target.short_name, resume=resume) if resume else None
+    before = load_plan(run.plan).layout.replicate if run else None
+    world_size = cluster.world_size if cluster else where.nodes or before or 1
     resolved = _resume_plan(run, target, wanted, limits, world_size) if run else _fresh_plan(wanted, limits, world_size)
     run = run or open_run(folder, target.short_name, resume=False)
     _store(run, target, resolved)
@@ -161,7 +162,7 @@ def _resume_plan(run: Run, target: Target, plan: Plan | None, limits: Limits, wo
         )
     now = before
     if plan is not None:
-        now = dataclasses.replace(resolve_plan(plan, world_size), seed=plan.seed)
+        now = resolve_plan(plan, world_size)
         check_resumable(before, now)
     if limits:
         cleared = dataclasses.replace(now.stop, steps=None, epochs=None, seconds=None, until=None)

@@ -88,7 +88,7 @@ def test_every_field_changes_the_hash() -> None:
         "data": {"shuffle": False, "drop_last": True, "workers": 1},
         "validation": {"every": 99, "samples": 1},
         "checkpoint": {"every": 99, "keep": 3, "best": False},
-        "stop": {"steps": 1, "epochs": 1, "seconds": 1.0, "until": "val_loss<=1", "patience": 1},
+        "stop": {"steps": 1, "epochs": 2, "seconds": 1.0, "until": "val_loss<=1", "patience": 1},
     }
     changed = [dataclasses.replace(base, seed=1), dataclasses.replace(base, codec=Bf16Config())]
     for table, values in changes.items():
@@ -204,3 +204,10 @@ def test_only_when_to_stop_may_change_in_a_run() -> None:
         check_resumable(plan, dataclasses.replace(plan, codec=Bf16Config()))
     with pytest.raises(PlanError, match=r"batch was size=64 when the run began, and is size=8 now"):
         check_resumable(plan, dataclasses.replace(plan, batch=dataclasses.replace(plan.batch, size=8)))
+
+
+def test_a_plan_without_a_limit_ends_after_one_epoch() -> None:
+    assert resolve_plan(Plan(), 2).stop.epochs == 1
+    for limit in ("steps = 5", "epochs = 7", "seconds = 1.5", "until = 'val_loss<=1'", "patience = 2"):
+        stop = resolve_plan(parse_plan(f"[stop]\n{limit}", origin="plan.toml"), 2).stop
+        assert stop.epochs != 1

@@ -14,7 +14,7 @@ from typing import Any
 
 from shoal import strict_toml
 from shoal.errors import PlanError
-from shoal.plan.schema import Plan
+from shoal.plan.schema import Plan, StopConfig
 from shoal.plan.until import Until
 
 
@@ -52,10 +52,12 @@ def resolve_plan(plan: Plan, world_size: int) -> Plan:
     """
     replicate = plan.layout.replicate or world_size
     shares = plan.batch.shares or (1.0,) * world_size
+    stop = plan.stop if _is_bounded(plan.stop) else dataclasses.replace(plan.stop, epochs=1)
     resolved = dataclasses.replace(
         plan,
         layout=dataclasses.replace(plan.layout, replicate=replicate),
         batch=dataclasses.replace(plan.batch, shares=tuple(float(share) for share in shares)),
+        stop=stop,
     )
     for check in (_check_layout, _check_batch, _check_stop):
         check(resolved, world_size)
@@ -93,6 +95,11 @@ def _difference(one: Any, other: Any) -> str:
         return getattr(one, "kind", repr(one))
     names = [f.name for f in dataclasses.fields(one) if getattr(one, f.name) != getattr(other, f.name)]
     return ", ".join(f"{name}={getattr(one, name)!r}" for name in names)
+
+
+def _is_bounded(stop: StopConfig) -> bool:
+    limits = (stop.steps, stop.epochs, stop.seconds, stop.until)
+    return bool(stop.patience) or any(limit is not None for limit in limits)
 
 
 def _check_layout(plan: Plan, world_size: int) -> None:

@@ -115,7 +115,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StopConfig:
-    """`[stop]`: when training ends: at whichever limit is met first.
+    """`[stop]`: when training ends: at whichever limit is met first; without any, after one epoch.
 
     Attributes:
         steps, epochs, seconds: limits of the whole run, resumed parts included (seconds count training time only).

@@ -116,7 +116,7 @@ class CheckpointWriter:
             _yield_to_training(niceness=0)
 
 
-def _yield_to_training(niceness: int = 10) -> None:
+def _yield_to_training(niceness: int = 5) -> None:
     """Let this thread's hashing and writing take the time that training leaves (Linux has priorities by thread)."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError):  # back to 0 needs a right; without it the copies, too, are made politely
