@@ -104,8 +104,10 @@ class Training:
 def training(
     job: str, run: Path, *options: str, env: dict[str, str] | None = None, prefix: Sequence[str] = ()
 ) -> Iterator[Training]:
-    """Start `shoal train JOB --run RUN OPTIONS` and kill whatever is left of it at the end."""
-    command = [*prefix, sys.executable, "-m", "shoal.cli.main", "train", job, "--run", str(run), *options]
+    """Start `shoal train JOB --run RUN OPTIONS`, without end if no limit is given, and kill what is left of it."""
+    bounded = {"--steps", "--epochs", "--seconds", "--until", "--resume"} & set(options)
+    endless = [] if bounded else ["--epochs", "1000000"]
+    command = [*prefix, sys.executable, "-m", "shoal.cli.main", "train", job, "--run", str(run), *options, *endless]
     process = subprocess.Popen(
         command,
         env={**os.environ, **(env or {})},
