@@ -58,12 +58,27 @@ class AllGather:
 
 
 @dataclass(frozen=True, slots=True)
+class SendRecv:
+    """Send `tensor` to the group's member `to` while receiving `into` from its member `source`; None: no such side.
+
+    Both sides of a message come to the same operation count of their exchange; shapes and dtypes are known to both.
+    Result: None.
+    """
+
+    tensor: Any
+    to: int | None
+    into: Any
+    source: int | None
+    group: str
+
+
+@dataclass(frozen=True, slots=True)
 class Barrier:
     """Wait until every member is here. Result: None."""
 
     group: str
 
 
-Op = AllReduce | Broadcast | AllToAll | AllGather | Barrier
+Op = AllReduce | Broadcast | AllToAll | AllGather | SendRecv | Barrier
 Exchange = Generator[Op, Any, Any]
 """What a sync writes: yields operations, receives their results, may return a value."""

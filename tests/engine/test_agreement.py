@@ -27,7 +27,7 @@ def agree(losses: list[float], stops: list[bool], dtype: torch.dtype = torch.flo
     views = topologies("abc"[:world_size])
     run_in_process(
         [
-            AllReduceSync(AllReduceConfig(), CODECS["none"](), view).exchange_exact(agreement.bucket)
+            AllReduceSync(AllReduceConfig(), None, view).exchange_exact(agreement.bucket)
             for view, agreement in zip(views, agreements, strict=True)
         ],
         lambda rank, group: views[rank].members(group),

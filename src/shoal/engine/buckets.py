@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from shoal.errors import JobError
-from shoal.strategy.bucket import Bucket
+from shoal.strategy.bucket import Bucket, Piece
 from shoal.wire.transport import Memory
 
 Allocate = Callable[[int, int, torch.dtype], Memory]
@@ -113,7 +113,8 @@ class GradientBuckets:
         offsets, num_values = _offsets([p.numel() for _, p in group], dtype.itemsize)
         index = len(self.buckets)
         memory = allocate(index, num_values + len(group), dtype)
-        self.buckets.append(Bucket.over(f"bucket-{index}", memory, num_values))
+        pieces = tuple(Piece(offset, p.shape) for (_, p), offset in zip(group, offsets, strict=True))
+        self.buckets.append(Bucket.over(f"bucket-{index}", memory, num_values, pieces))
         for (name, p), offset in zip(group, offsets, strict=True):
             source, target = (_like(p, flat, offset) for flat in (memory.source, memory.target))
             self._slots.append(_Slot(name, p, index, source, target))

@@ -18,7 +18,8 @@ from shoal.errors import JobError, MachineError
 from shoal.job.job import Job
 from shoal.ops import LEADERS, NODE, WORLD
 from shoal.plan.schema import ComputeConfig, Plan
-from shoal.strategy.codec import CODECS
+from shoal.strategy.codec import make_codec
+from shoal.strategy.codec.feedback import Coder
 from shoal.strategy.sync import SYNCS
 from shoal.strategy.sync.allreduce import AllReduceSync
 from shoal.strategy.topology import Topology
@@ -88,7 +89,14 @@ def build_parts(job: Job, plan: Plan, topology: Topology, device: torch.device) 
 
 def build_sync(plan: Plan, topology: Topology) -> AllReduceSync:
     """The plan's sync with its codec."""
-    return SYNCS[plan.sync.kind](plan.sync, CODECS[plan.codec.kind](), topology)
+    return SYNCS[plan.sync.kind](plan.sync, build_coder(plan, topology), topology)
+
+
+def build_coder(plan: Plan, topology: Topology) -> Coder | None:
+    """The plan's codec with its memory; None where values go as they are."""
+    if plan.codec.kind == "none":
+        return None
+    return Coder(make_codec(plan.codec), plan.codec, rank=topology.rank, seed=plan.seed)
 
 
 def build_lanes(
@@ -114,7 +122,7 @@ def _build_lane(
 def no_effect(plan: Plan, sync: AllReduceSync, topology: Topology, parts: Parts, job: Job) -> list[str]:
     """Settings of the plan or job that change nothing here: one sentence each."""
     idle: list[str] = []
-    if plan.codec.kind != "none" and LEADERS not in sync.groups and WORLD not in sync.groups:
+    if plan.codec.kind != "none" and not sync.crosses_network:
         idle.append(
             f"codec {plan.codec.kind} has no effect: all ranks share one node's memory, and nothing goes on a wire"
         )

@@ -1,13 +1,22 @@
-"""A bucket: the piece of the gradient that is exchanged at once."""
+"""A bucket: the piece of a gradient, or of a model, that is exchanged at once."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Self
 
+import torch
 from torch import Tensor
 
 from shoal.wire.transport import Memory
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One parameter's place in a bucket: its values begin at `offset` and are as many as its shape says."""
+
+    offset: int
+    shape: torch.Size
 
 
 @dataclass(frozen=True)
@@ -24,6 +33,7 @@ class Bucket:
             memory. It is valid from the end of the exchange until the next step's fence.
         portion: the slice of `target`'s values that this rank, and no other, may write after the exchange: all of them
             where the memory is this rank's own.
+        pieces: the parameters that the values belong to.
     """
 
     name: str
@@ -31,9 +41,10 @@ class Bucket:
     source: Tensor
     target: Tensor
     portion: slice
+    pieces: tuple[Piece, ...] = ()
 
     @classmethod
-    def over(cls, name: str, memory: Memory, num_values: int) -> Self:
+    def over(cls, name: str, memory: Memory, num_values: int, pieces: tuple[Piece, ...] = ()) -> Self:
         """A bucket of `num_values` values, and as many flags as `memory` has room for."""
         first, last = (min(bound, num_values) for bound in (memory.portion.start, memory.portion.stop))
-        return cls(name, num_values, memory.source, memory.target, slice(first, last))
+        return cls(name, num_values, memory.source, memory.target, slice(first, last), pieces)

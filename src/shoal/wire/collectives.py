@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shoal.errors import PeerLostError
-from shoal.ops import AllGather, AllReduce, AllToAll, Barrier, Broadcast, Op
+from shoal.ops import AllGather, AllReduce, AllToAll, Barrier, Broadcast, Op, SendRecv
 from shoal.wire.transport import Memory, private_memory
 
 
@@ -58,6 +58,8 @@ class TorchTransport:
                 dist.all_gather(list(rows), tensor, group=self._group)
                 self.bytes_sent += _size_bytes(tensor) * (size - 1)
                 return rows
+            case SendRecv(tensor, to, into, source):
+                self._send_and_receive(tensor, to, into, source)
             case Barrier():
                 dist.barrier(group=self._group)
         return None
@@ -83,6 +85,17 @@ class TorchTransport:
             arriving.wait()
             leaving.wait()
         return received
+
+    def _send_and_receive(self, tensor: Any, to: int | None, into: Any, source: int | None) -> None:
+        waiting = []
+        if source is not None and into.numel():
+            waiting.append(dist.irecv(into, src=self._members[source], group=self._group))
+        if to is not None and tensor.numel():
+            waiting.append(dist.isend(tensor.contiguous(), dst=self._members[to], group=self._group))
+            self.bytes_sent += _size_bytes(tensor)
+        for work in waiting:
+            assert work is not None
+            work.wait()
 
     def close(self) -> None:
         """The process group is destroyed with all others, by `rendezvous.leave`."""

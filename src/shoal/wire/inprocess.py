@@ -6,12 +6,13 @@ one, and ranks that wait for each other for ever are an error that names what ea
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from shoal.ops import AllGather, AllReduce, AllToAll, Barrier, Broadcast, Exchange, Op
+from shoal.ops import AllGather, AllReduce, AllToAll, Barrier, Broadcast, Exchange, Op, SendRecv
 
 Members = Callable[[int, str], Sequence[int]]
 """(rank, group) -> the global ranks of that group as this rank sees it, ascending."""
@@ -30,29 +31,53 @@ def run_in_process(exchanges: Sequence[Exchange], members: Members) -> list[Any]
     Raises:
         AssertionError: ranks came to different operations, or wait for each other.
     """
-    waiting: dict[int, Op] = {}
-    results: list[Any] = [None] * len(exchanges)
-    for rank, exchange in enumerate(exchanges):
-        _advance(rank, exchange, None, waiting, results)
-    while waiting:
-        ready = next((r for r, op in waiting.items() if _complete(members(r, op.group), waiting, op)), None)
-        assert ready is not None, f"ranks wait for each other: {waiting}"
-        group = members(ready, waiting[ready].group)
-        ops = [waiting.pop(rank) for rank in group]
-        for rank, answer in zip(group, _perform(ops), strict=True):
-            _advance(rank, exchanges[rank], answer, waiting, results)
-    return results
+    players = _Players(list(exchanges), members)
+    while players.waiting:
+        assert players.step(), f"ranks wait for each other: {players.waiting}"
+    return players.results
 
 
-def _advance(rank: int, exchange: Exchange, answer: Any, waiting: dict[int, Op], results: list[Any]) -> None:
-    try:
-        waiting[rank] = exchange.send(answer)
-    except StopIteration as stop:
-        results[rank] = stop.value
+class _Players:
+    """All ranks, each at the operation it has come to."""
 
+    def __init__(self, exchanges: list[Exchange], members: Members) -> None:
+        self._exchanges = exchanges
+        self._members = members
+        self._mail: dict[tuple[int, int], deque[torch.Tensor]] = defaultdict(deque)  # (from, to) -> messages
+        self.waiting: dict[int, Op] = {}
+        self.results: list[Any] = [None] * len(exchanges)
+        for rank in range(len(exchanges)):
+            self._advance(rank, None)
 
-def _complete(group: Sequence[int], waiting: dict[int, Op], op: Op) -> bool:
-    return all(rank in waiting and waiting[rank].group == op.group for rank in group)
+    def step(self) -> bool:
+        """Perform one operation; False if none can be."""
+        for rank, op in self.waiting.items():
+            group = self._members(rank, op.group)
+            if isinstance(op, SendRecv):
+                if op.source is None or self._mail[group[op.source], rank]:
+                    self._receive(rank, op, group)
+                    return True
+            elif all(r in self.waiting and self.waiting[r].group == op.group for r in group):
+                ops = [self.waiting.pop(r) for r in group]
+                for r, answer in zip(group, _perform(ops), strict=True):
+                    self._advance(r, answer)
+                return True
+        return False
+
+    def _receive(self, rank: int, op: SendRecv, group: Sequence[int]) -> None:
+        del self.waiting[rank]
+        if op.source is not None:
+            op.into.copy_(self._mail[group[op.source], rank].popleft())
+        self._advance(rank, None)
+
+    def _advance(self, rank: int, answer: Any) -> None:
+        try:
+            op = self.waiting[rank] = self._exchanges[rank].send(answer)
+        except StopIteration as stop:
+            self.results[rank] = stop.value
+            return
+        if isinstance(op, SendRecv) and op.to is not None:
+            self._mail[rank, self._members(rank, op.group)[op.to]].append(op.tensor.clone())
 
 
 def _perform(ops: list[Op]) -> list[Any]:

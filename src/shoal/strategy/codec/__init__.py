@@ -17,4 +17,10 @@ CODECS: dict[str, type[Codec]] = {
     "bf16": Bf16Codec,
 }
 
-__all__ = ["CODECS", "Codec", "CodecConfig"]
+
+def make_codec(config: CodecConfig) -> Codec:
+    """The codec that a table of the plan describes."""
+    return CODECS[config.kind](config)
+
+
+__all__ = ["CODECS", "Codec", "CodecConfig", "make_codec"]

@@ -1,27 +1,81 @@
 """What a codec is: how values look on the wire.
 
-A codec turns flat tensors into bytes and back. `linear` says that encoded values may be summed as they are by the
-transport; a codec that is not linear is decoded, summed in full precision and encoded again (see sync/allreduce.py).
-Error feedback is not a codec's business.
+Every codec turns rows of values into bytes and back; the bytes describe themselves, so a receiver needs nothing else. A
+*linear* codec can do more: it projects values so that the projections may be summed by the transport as they are, in
+one round or several (random-k, PowerSGD). One that is not linear is decoded, summed in full precision and encoded
+again (see sync/summation.py).
+
+Codecs keep no state. What must be remembered between steps (a residual, a subspace) lies in the caller's hands, by
+name: see feedback.py. All of them run on any device, `meta` included, where they compute nothing but shapes: that is
+how bytes are predicted without a run.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Protocol
 
+import pydantic
 from torch import Tensor
+
+from shoal.strategy.bucket import Piece
+from shoal.strict_toml import STRICT
+
+Projection = Generator[Tensor, None, tuple[Tensor, Tensor]]
+"""Yields tensors to be summed over the group in place; returns (the sum, this rank's own part of it)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodecOptions:
+    """What every codec's table takes beside its own.
+
+    Attributes:
+        warmup_steps: the first so many exchanges of each bucket go uncompressed.
+        error_feedback: keep what the codec lost and add it to the next values; default: where the codec is biased.
+    """
+
+    __pydantic_config__: ClassVar = STRICT
+    warmup_steps: Annotated[int, pydantic.Field(ge=0)] = 0
+    error_feedback: bool | None = None
 
 
 class Codec(Protocol):
-    """Encodes rows of values; stateless, so that one object serves every bucket."""
+    """Encodes rows of values.
 
-    linear: bool
+    Attributes:
+        linear: `project` may be used where a sum is wanted.
+        biased: the decoded values are not, on average, the encoded ones: error feedback is on by default.
+    """
 
-    def encode(self, values: Tensor) -> Tensor:
-        """Turn values, shape (rows, n), into bytes: uint8, shape (rows, size_bytes(n, values' item size))."""
+    linear: ClassVar[bool]
+    biased: ClassVar[bool]
 
-    def decode(self, payload: Tensor, like: Tensor) -> Tensor:
-        """Turn bytes, shape (rows, b), back into values, shape (rows, n), with the dtype of `like`."""
+    def __init__(self, config: Any) -> None:
+        """`config`: the codec's own table of the plan."""
+
+    def encode(self, values: Tensor, key: int) -> Tensor:
+        """Turn values, shape (rows, n), into bytes: uint8, shape (rows, size_bytes(n, values' item size)).
+
+        Args:
+            key: seeds what is drawn at random; the same values and key give the same bytes.
+        """
+
+    def decode(self, payload: Tensor, num_values: int, like: Tensor) -> Tensor:
+        """Turn bytes, shape (rows, b), back into values, shape (rows, num_values), dtype and device of `like`."""
 
     def size_bytes(self, num_values: int, item_bytes: int) -> int:
-        """The bytes that one row of `num_values` values takes on the wire."""
+        """The bytes that one row of `num_values` values of `item_bytes` each takes on the wire."""
+
+
+class LinearCodec(Codec, Protocol):
+    """A codec whose projections may be summed."""
+
+    def project(self, values: Tensor, pieces: Sequence[Piece], memory: dict[str, Tensor], key: int) -> Projection:
+        """Sum over a group what the codec keeps of `values`, shape (n,).
+
+        Args:
+            pieces: the parameters that the values belong to.
+            memory: this bucket's own between steps; the codec may put tensors into it.
+            key: the same on every rank.
+        """

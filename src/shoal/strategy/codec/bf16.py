@@ -11,30 +11,33 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from shoal.strict_toml import STRICT
+from shoal.strategy.codec.base import CodecOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bf16Config:
+class Bf16Config(CodecOptions):
     """`[codec] kind = "bf16"`."""
 
-    __pydantic_config__: ClassVar = STRICT
     kind: Literal["bf16"] = "bf16"
 
 
 class Bf16Codec:
     """Two bytes a value."""
 
-    linear = False
+    linear: ClassVar[bool] = False
+    biased: ClassVar[bool] = False
 
-    def encode(self, values: Tensor) -> Tensor:
+    def __init__(self, config: Bf16Config) -> None:
+        del config  # it has no settings
+
+    def encode(self, values: Tensor, key: int) -> Tensor:
         """Round to bfloat16, shape (rows, 2 n)."""
         return values.to(torch.bfloat16).contiguous().view(torch.uint8)
 
-    def decode(self, payload: Tensor, like: Tensor) -> Tensor:
+    def decode(self, payload: Tensor, num_values: int, like: Tensor) -> Tensor:
         """Widen to the dtype of `like`, shape (rows, n)."""
         if payload.numel() == 0:  # torch cannot view no bytes as anything wider
-            return like.new_empty((len(payload), 0))
+            return like.new_empty((len(payload), num_values))
         return payload.view(torch.bfloat16).to(like.dtype)
 
     def size_bytes(self, num_values: int, item_bytes: int) -> int:
