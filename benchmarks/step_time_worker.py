@@ -22,7 +22,6 @@ from shoal.engine import build
 from shoal.engine.checkpoint.archive import Archive
 from shoal.engine.checkpoint.session import CheckpointSession
 from shoal.engine.control import StopRequest
-from shoal.engine.exchange import GradientExchange
 from shoal.engine.forward import Forward
 from shoal.engine.loop import Crew, Loop, LoopConfig
 from shoal.engine.progress import Progress
@@ -41,13 +40,11 @@ def shoal_step(target: str, settings: list[str], plan: Plan, topology: Topology,
     """Shoal's own loop, event log included."""
     job = resolve(target, settings).load()
     parts = build.build_parts(job, plan, topology, CPU)
-    sync = build.build_sync(plan, topology)
-    lanes = build.build_lanes(sync, topology, membership, CPU)
     forward = Forward(parts.model, job.loss, CPU, plan.compute.precision)
     folder = Path(tempfile.mkdtemp(prefix="shoal-benchmark-"))
     log = EventLog(folder / "events.jsonl", f"rank-{topology.rank}")
     size = topology.world_size
-    exchange = GradientExchange(parts.model, sync, lanes, CPU, topology.rank, size, plan.sync.bucket_mb)
+    exchange = build.build_exchange(plan, parts, topology, membership, CPU, log)
     archive = Archive(folder, keep=1, keep_best=False)
     checkpoints = CheckpointSession(membership.store, topology.rank, size, archive, log, CPU)
     crew = Crew(

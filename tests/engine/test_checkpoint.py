@@ -291,7 +291,7 @@ def stored(folder: Path, step: int) -> Any:
 def test_what_is_stored_is_the_state_at_the_beginning(writer: CheckpointWriter, tmp_path: Path) -> None:
     weight, statistic = torch.zeros(100_000), torch.zeros(10)
     for step in range(1, 6):
-        writer.begin(step, {"w": weight, "s": statistic}, best=False, volatile=[statistic], late=lambda: "late")
+        writer.begin(step, {"w": weight, "s": statistic}, best=False, volatile=[statistic], late=lambda: ("late", []))
         statistic.add_(1)  # a buffer may change at once
         writer.before_update()
         weight.add_(1)  # a parameter only after this
@@ -305,7 +305,7 @@ def test_what_is_stored_is_the_state_at_the_beginning(writer: CheckpointWriter, 
 
 def test_training_goes_on_while_the_disk_writes(writer: CheckpointWriter, tmp_path: Path) -> None:
     disk = threading.Event()
-    writer.begin(1, {"w": torch.ones(3)}, best=False, volatile=[], late=lambda: disk.wait(10))
+    writer.begin(1, {"w": torch.ones(3)}, best=False, volatile=[], late=lambda: (disk.wait(10), []))
     writer.before_update()  # returns although nothing is written yet
     assert not (tmp_path / "checkpoints").exists()
     disk.set()
@@ -317,9 +317,9 @@ def test_views_of_any_stride_are_stored_as_what_they_show(writer: CheckpointWrit
     base = torch.arange(12.0).view(3, 4)
     state = {"t": base.t(), "part": base[:, 1], "wide": torch.ones(1).expand(5), "last": base.flip(0)[1:]}
     expected = {name: value.clone() for name, value in state.items()}
-    writer.begin(1, {"model": state}, best=False, volatile=list(state.values()), late=lambda: None)
+    writer.begin(1, {"model": state}, best=False, volatile=list(state.values()), late=lambda: (None, []))
     writer.wait()
-    writer.begin(2, {"model": state}, best=False, volatile=[], late=lambda: None)
+    writer.begin(2, {"model": state}, best=False, volatile=[], late=lambda: (None, []))
     writer.wait()
     assert writer.failed is None
     for step in (1, 2):
@@ -335,11 +335,11 @@ def test_a_failure_is_logged_remembered_and_forgotten_after_a_success(
 
     with monkeypatch.context() as patch:
         patch.setattr(safetensors.torch, "save_file", refuse)
-        writer.begin(1, {"w": torch.ones(3)}, best=False, volatile=[], late=lambda: None)
+        writer.begin(1, {"w": torch.ones(3)}, best=False, volatile=[], late=lambda: (None, []))
         writer.wait()
     assert writer.failed is not None
     assert "No space left on device" in writer.failed
-    writer.begin(2, {"w": torch.ones(3)}, best=False, volatile=[], late=lambda: None)
+    writer.begin(2, {"w": torch.ones(3)}, best=False, volatile=[], late=lambda: (None, []))
     writer.wait()
     assert writer.failed is None
     assert [e["kind"] for e in read_events(tmp_path / "events")] == ["checkpoint_failed", "checkpoint_saved"]
@@ -350,7 +350,7 @@ def test_a_state_that_has_diverged_takes_no_good_ones_place(writer: CheckpointWr
     for step, value in ((1, 1.0), (2, math.inf)):
         weights.fill_(value)
         state = {"model": {"weights": weights, "mask": mask}}
-        writer.begin(step, state, best=False, volatile=[mask], late=lambda: None)
+        writer.begin(step, state, best=False, volatile=[mask], late=lambda: (None, []))
         writer.wait()
     assert writer.failed is not None
     assert "model.weights is not finite" in writer.failed

@@ -14,14 +14,16 @@ from torch.utils.data import Dataset
 
 from shoal.data.loader import Loader, LoaderConfig, num_samples
 from shoal.engine import random_state
+from shoal.engine.exchange import EXCHANGES, ReplicaExchange
+from shoal.engine.exchange.base import Wiring
 from shoal.errors import JobError, MachineError
+from shoal.events import EventLog
 from shoal.job.job import Job
 from shoal.ops import LEADERS, NODE, WORLD
 from shoal.plan.schema import ComputeConfig, Plan
 from shoal.strategy.codec import make_codec
 from shoal.strategy.codec.feedback import Coder
-from shoal.strategy.sync import SYNCS
-from shoal.strategy.sync.allreduce import AllReduceSync
+from shoal.strategy.sync import SYNCS, AnySync
 from shoal.strategy.topology import Topology
 from shoal.wire import shared_memory
 from shoal.wire.collectives import TorchTransport
@@ -87,9 +89,10 @@ def build_parts(job: Job, plan: Plan, topology: Topology, device: torch.device) 
     return Parts(model, optimizer, schedule, loader, validation)
 
 
-def build_sync(plan: Plan, topology: Topology) -> AllReduceSync:
-    """The plan's sync with its codec."""
-    return SYNCS[plan.sync.kind](plan.sync, build_coder(plan, topology), topology)
+def build_sync(plan: Plan, topology: Topology, coder: Coder | None) -> AnySync:
+    """The plan's sync."""
+    sync: AnySync = SYNCS[plan.sync.kind](plan.sync, coder, topology)
+    return sync
 
 
 def build_coder(plan: Plan, topology: Topology) -> Coder | None:
@@ -99,11 +102,24 @@ def build_coder(plan: Plan, topology: Topology) -> Coder | None:
     return Coder(make_codec(plan.codec), plan.codec, rank=topology.rank, seed=plan.seed)
 
 
-def build_lanes(
-    sync: AllReduceSync, topology: Topology, membership: Membership, device: torch.device
-) -> list[dict[str, Transport]]:
-    """Connect this rank to the groups that a sync needs, once for each lane. Collective."""
-    return [_build_lane(lane, sync.groups, topology, membership, device) for lane in range(sync.num_lanes(device.type))]
+def build_exchange(
+    plan: Plan, parts: Parts, topology: Topology, membership: Membership, device: torch.device, log: EventLog
+) -> ReplicaExchange:
+    """Connect this rank to the others as the plan's sync needs it. Collective."""
+    coder = build_coder(plan, topology)
+    sync = build_sync(plan, topology, coder)
+    wiring = Wiring(
+        model=parts.model,
+        optimizer=parts.optimizer,
+        lanes=[
+            _build_lane(lane, sync.groups, topology, membership, device) for lane in range(sync.num_lanes(device.type))
+        ],
+        topology=topology,
+        device=device,
+        store=membership.store,
+        log=log,
+    )
+    return EXCHANGES[plan.sync.kind](wiring, sync, coder)
 
 
 def _build_lane(
@@ -119,14 +135,15 @@ def _build_lane(
     return transports
 
 
-def no_effect(plan: Plan, sync: AllReduceSync, topology: Topology, parts: Parts, job: Job) -> list[str]:
+def no_effect(plan: Plan, topology: Topology, parts: Parts, job: Job) -> list[str]:
     """Settings of the plan or job that change nothing here: one sentence each."""
     idle: list[str] = []
+    sync = build_sync(plan, topology, None)
     if plan.codec.kind != "none" and not sync.crosses_network:
         idle.append(
             f"codec {plan.codec.kind} has no effect: all ranks share one node's memory, and nothing goes on a wire"
         )
-    if plan.sync.form == "hierarchical" and not topology.has_neighbours:
+    if getattr(plan.sync, "form", None) == "hierarchical" and not topology.has_neighbours:
         idle.append("sync.form = hierarchical has no effect: every node has one rank")
     if job.metrics and parts.validation is None:
         idle.append("the job's metrics have no effect: its data has no validation part")

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from shoal.data.loader import Batch
-from shoal.engine.agreement import Verdict
 from shoal.engine.build import Parts
 from shoal.engine.checkpoint.session import CheckpointSession
 from shoal.engine.control import StopRequest
-from shoal.engine.exchange import GradientExchange
+from shoal.engine.exchange import ReplicaExchange
+from shoal.engine.exchange.agreement import Verdict
+from shoal.engine.exchange.base import copied
 from shoal.engine.forward import Forward
 from shoal.engine.progress import Progress
 from shoal.engine.replicas import BufferAverage
@@ -46,7 +47,7 @@ class Crew:
 
     parts: Parts
     forward: Forward
-    exchange: GradientExchange
+    exchange: ReplicaExchange
     checkpoints: CheckpointSession
     validator: Validator | None
     stop_rule: StopRule
@@ -103,7 +104,7 @@ class Loop:
         crew, started = self._crew, time.perf_counter()
         batch = next(batches)
         loaded = time.perf_counter()
-        crew.exchange.begin()
+        crew.exchange.begin(batch)
         self._backward(batch)
         computed = time.perf_counter()
         verdict = crew.exchange.finish()
@@ -133,12 +134,13 @@ class Loop:
         return verdict.stop
 
     def _backward(self, batch: Batch) -> None:
-        """Accumulate the gradient of this rank's part of the global mean, and start to exchange it."""
+        """Accumulate the gradient of this rank's samples, and start to exchange it."""
         exchange, total = self._crew.exchange, torch.zeros(())
+        denominator = exchange.denominator(batch)
         last = len(batch.micro_batches) - 1
         for index, (count, samples) in enumerate(batch.micro_batches):
             loss, _, _ = self._crew.forward(samples)
-            part = loss * (count / batch.size)
+            part = loss * (count / denominator)
             total = total.to(part.device) + part.detach()
             if index == last:
                 exchange.before_last_backward(total, stop=self._wants_to_stop())
@@ -197,7 +199,8 @@ class Loop:
             return None, False
         started = time.perf_counter()
         self._average_buffers()
-        values = self._crew.validator()
+        with self._crew.exchange.consensus():
+            values = self._crew.validator()
         best = values["val_loss"] < self.progress.best_loss
         self.progress = dataclasses.replace(
             self.progress,
@@ -221,19 +224,23 @@ class Loop:
     def _save(self, *, best: bool) -> None:
         parts = self._crew.parts
         self._average_buffers()
+        private = self._crew.exchange.state_dict()
+        if not self._crew.exchange.replicas_equal:
+            schedule = parts.schedule.state_dict() if parts.schedule else None
+            private |= copied({"optimizer": parts.optimizer.state_dict(), "schedule": schedule})
         state: dict[str, Any] = {
-            "model": parts.model.state_dict(),
+            "model": self._crew.exchange.model_state(),
             "optimizer": parts.optimizer.state_dict(),
             "schedule": parts.schedule.state_dict() if parts.schedule else None,
             "progress": self.progress.to_plain(),
         }
-        self._crew.checkpoints.save(self.progress.step, state, parts.model.buffers(), best=best)
+        self._crew.checkpoints.save(self.progress.step, state, private, parts.model.buffers(), best=best)
 
     def _finish(self) -> None:
-        best = False
-        if self.progress.validated_step != self.progress.step and self._config.validate_every:
+        best, changed = False, self._crew.exchange.conclude()
+        if (changed or self.progress.validated_step != self.progress.step) and self._config.validate_every:
             _, best = self._validate()
-        if self._crew.checkpoints.saved_step != self.progress.step or best:
+        if changed or best or self._crew.checkpoints.saved_step != self.progress.step:
             self._save(best=best)
         self._crew.checkpoints.wait()
 
@@ -264,3 +271,13 @@ def restore(parts: Parts, state: dict[str, Any]) -> Progress:
     if parts.schedule is not None and state["schedule"] is not None:
         parts.schedule.load_state_dict(state["schedule"])
     return Progress.from_plain(state["progress"])
+
+
+def restore_private(parts: Parts, exchange: ReplicaExchange, state: dict[str, Any]) -> None:
+    """Put back what only this rank held."""
+    if "optimizer" in state:
+        parts.optimizer.load_state_dict(state.pop("optimizer"))
+        schedule = state.pop("schedule")
+        if parts.schedule is not None and schedule is not None:
+            parts.schedule.load_state_dict(schedule)
+    exchange.load_state_dict(state)

@@ -23,9 +23,8 @@ from shoal._version import __version__
 from shoal.engine import build, control
 from shoal.engine.checkpoint.archive import Archive
 from shoal.engine.checkpoint.session import CheckpointSession
-from shoal.engine.exchange import GradientExchange
 from shoal.engine.forward import Forward
-from shoal.engine.loop import Crew, Loop, LoopConfig, restore
+from shoal.engine.loop import Crew, Loop, LoopConfig, restore, restore_private
 from shoal.engine.progress import Progress
 from shoal.engine.replicas import make_equal
 from shoal.engine.stopping import StopRule
@@ -99,16 +98,18 @@ def _assemble(context: _Context, job: Job, stop_request: control.StopRequest, *,
     state = checkpoints.restore() if resume else None
     progress = restore(parts, state) if state else Progress()
     make_equal(parts.model)
-    sync = build.build_sync(plan, topology)
-    lanes = build.build_lanes(sync, topology, context.membership, device)
+    exchange = build.build_exchange(plan, parts, topology, context.membership, device, log)
+    private = checkpoints.restore_private() if state else None
+    if private is not None:
+        restore_private(parts, exchange, private)
     forward = Forward(parts.model, job.loss, device, plan.compute.precision)
     if rank == 0:
-        for message in build.no_effect(plan, sync, topology, parts, job):
+        for message in build.no_effect(plan, topology, parts, job):
             log.write("warning", message=message)
     crew = Crew(
         parts=parts,
         forward=forward,
-        exchange=GradientExchange(parts.model, sync, lanes, device, rank, world_size, plan.sync.bucket_mb),
+        exchange=exchange,
         checkpoints=checkpoints,
         validator=_validator(plan, job, parts, forward, topology),
         stop_rule=StopRule(plan.stop),

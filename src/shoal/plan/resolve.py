@@ -30,6 +30,9 @@ def load_plan(path: Path) -> Plan:
 def parse_plan(text: str, *, origin: str) -> Plan:
     """Read a plan from TOML text; `origin` names it in messages."""
     values = strict_toml.parse(text, origin=origin, error=PlanError)
+    for table, kind in (("sync", "allreduce"), ("codec", "none")):
+        if isinstance(values.get(table), dict):
+            values[table].setdefault("kind", kind)
     return strict_toml.build(Plan, values, text=text, origin=origin, error=PlanError)
 
 

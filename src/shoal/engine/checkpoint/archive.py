@@ -3,7 +3,8 @@
     checkpoints/step-00000200/
         tensors.safetensors   all tensors
         state.json            everything else
-        manifest.json         sizes and SHA-256 of the two, written last
+        rank-0.safetensors, rank-0.json ...   what each rank alone holds, where the sync has such
+        manifest.json         sizes and SHA-256 of all others, written last
 
 A checkpoint is written under a temporary name and renamed when all of it is on disk, so that a crash at any moment
 leaves the old ones whole. Reading checks every byte against the manifest.
@@ -11,14 +12,16 @@ leaves the old ones whole. Reading checks every byte against the manifest.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import mmap
 import os
 import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import safetensors
 import safetensors.torch
@@ -41,6 +44,24 @@ class Saved:
     best: bool
 
 
+@dataclass(frozen=True)
+class Attachment:
+    """A file that waits to become part of a checkpoint."""
+
+    path: Path
+    size_bytes: int
+    sha256: str
+
+    def to_plain(self) -> dict[str, Any]:
+        """As JSON."""
+        return {"path": str(self.path), "size_bytes": self.size_bytes, "sha256": self.sha256}
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> Self:
+        """The inverse of `to_plain`."""
+        return cls(Path(plain["path"]), int(plain["size_bytes"]), str(plain["sha256"]))
+
+
 class Archive:
     """The checkpoints of one run."""
 
@@ -49,8 +70,18 @@ class Archive:
         self._keep = keep
         self._keep_best = keep_best
 
-    def write(self, step: int, state: Any, tensors: dict[str, Tensor], *, best: bool) -> tuple[Path, int]:
+    def write(
+        self,
+        step: int,
+        state: Any,
+        tensors: dict[str, Tensor],
+        *,
+        best: bool,
+        attachments: Sequence[Attachment] = (),
+    ) -> tuple[Path, int]:
         """Write one checkpoint and delete what need not be kept; return its path and size in bytes.
+
+        `attachments` are moved into it.
 
         Raises:
             CheckpointError: the disk refused; what stood before is untouched.
@@ -58,13 +89,36 @@ class Archive:
         final = self._folder / _name(step)
         temporary = self._folder / f".{_name(step)}.tmp"
         try:
-            size_bytes = _write_folder(temporary, step, state, tensors, best=best)
+            size_bytes = _write_folder(temporary, step, state, tensors, attachments, best=best)
             self._put_in_place(temporary, final)
         except (OSError, ValueError, safetensors.SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise CheckpointError(_refusal(final, error)) from None
+        finally:
+            for attachment in attachments:
+                shutil.rmtree(attachment.path.parent, ignore_errors=True)
         self._prune(step)
         return final, size_bytes
+
+    def write_private(self, step: int, rank: int, state: Any, tensors: dict[str, Tensor]) -> list[Attachment]:
+        """Write what one rank alone holds, to be attached to the checkpoint of `step`.
+
+        Raises:
+            CheckpointError: the disk refused.
+        """
+        folder = self._folder / f".{_name(step)}.rank-{rank}.tmp"
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            paths = [folder / f"rank-{rank}{suffix}" for suffix in (".safetensors", ".json")]
+            safetensors.torch.save_file(tensors, paths[0])
+            paths[1].write_text(json.dumps(state))
+            for path in paths:
+                _sync_file(path)
+            return [Attachment(path, **_describe(path)) for path in paths]
+        except (OSError, ValueError, safetensors.SafetensorError) as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise CheckpointError(_refusal(folder, error)) from None
 
     def list(self) -> list[Saved]:
         """All checkpoints, oldest first; a folder without a readable manifest counts as step -1, not best."""
@@ -122,13 +176,40 @@ class Archive:
                 shutil.rmtree(saved.path, ignore_errors=True)
 
 
+def read_private(path: Path, rank: int) -> tuple[Any, dict[str, Tensor]] | None:
+    """What one rank alone held, checked; None if the checkpoint has no such part.
+
+    Raises:
+        CheckpointError: a file is missing, cut short or changed.
+    """
+    names = [f"rank-{rank}.safetensors", f"rank-{rank}.json"]
+    with _damage_named(path):
+        manifest = json.loads((path / _MANIFEST).read_text())
+        if names[0] not in manifest["files"]:
+            return None
+        for name in names:
+            _verify(path / name, manifest["files"][name])
+        return json.loads((path / names[1]).read_text()), safetensors.torch.load_file(path / names[0])
+
+
+def verify(path: Path) -> None:
+    """Check every file of a checkpoint.
+
+    Raises:
+        CheckpointError: a file is missing, cut short or changed.
+    """
+    with _damage_named(path):
+        for name, entry in json.loads((path / _MANIFEST).read_text())["files"].items():
+            _verify(path / name, entry)
+
+
 def read(path: Path) -> tuple[Any, dict[str, Tensor]]:
     """Read a checkpoint, checking it whole; return its state and tensors (on the CPU).
 
     Raises:
         CheckpointError: a file is missing, cut short or changed.
     """
-    try:
+    with _damage_named(path):
         manifest = json.loads((path / _MANIFEST).read_text())
         if manifest["format"] != _FORMAT:
             raise CheckpointError(
@@ -138,6 +219,12 @@ def read(path: Path) -> tuple[Any, dict[str, Tensor]]:
             _verify(path / name, manifest["files"][name])
         state = json.loads((path / _STATE).read_text())
         return state, safetensors.torch.load_file(path / _TENSORS)
+
+
+@contextlib.contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         raise CheckpointError(f"checkpoint {path} is damaged: {reason}") from None
@@ -147,12 +234,23 @@ def _name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def _write_folder(folder: Path, step: int, state: Any, tensors: dict[str, Tensor], *, best: bool) -> int:
+def _write_folder(
+    folder: Path,
+    step: int,
+    state: Any,
+    tensors: dict[str, Tensor],
+    attachments: Sequence[Attachment],
+    *,
+    best: bool,
+) -> int:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     safetensors.torch.save_file(tensors, folder / _TENSORS)
     (folder / _STATE).write_text(json.dumps(state))
     files = {name: _describe(folder / name) for name in (_TENSORS, _STATE)}
+    for attachment in attachments:
+        attachment.path.rename(folder / attachment.path.name)
+        files[attachment.path.name] = {"size_bytes": attachment.size_bytes, "sha256": attachment.sha256}
     manifest = {"format": _FORMAT, "step": step, "best": best, "files": files}
     (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2))
     for name in (_TENSORS, _STATE, _MANIFEST):

@@ -6,6 +6,7 @@ import functools
 import json
 from collections.abc import Iterable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from torch.distributed import Store
 
 from shoal.engine import random_state
 from shoal.engine.checkpoint import archive, tree
-from shoal.engine.checkpoint.archive import Archive, Saved
+from shoal.engine.checkpoint.archive import Archive, Attachment, Saved
+from shoal.engine.checkpoint.private import PrivateWriter, collect
 from shoal.engine.checkpoint.writer import CheckpointWriter
 from shoal.errors import CheckpointError
 from shoal.events import EventLog
@@ -23,7 +25,7 @@ _PATIENCE = timedelta(seconds=600)
 
 
 class CheckpointSession:
-    """What one rank does for checkpoints: rank 0 writes; the others hand it their random states."""
+    """What one rank does for checkpoints: rank 0 writes; the others hand it their random states and own files."""
 
     def __init__(
         self, store: Store, rank: int, world_size: int, archive: Archive, log: EventLog, device: torch.device
@@ -35,6 +37,8 @@ class CheckpointSession:
         self._log = log
         self._device = device
         self._writer = CheckpointWriter(archive, log) if rank == 0 else None
+        self._private = PrivateWriter(archive, store, rank)
+        self._chosen: Path | None = None
         self.saved_step: int | None = None
 
     @property
@@ -42,12 +46,28 @@ class CheckpointSession:
         """Why the last checkpoint could not be written; None if it could, and on other ranks."""
         return self._writer.failed if self._writer else None
 
-    def save(self, step: int, state: dict[str, Any], volatile: Iterable[Tensor], *, best: bool) -> None:
-        """Begin a checkpoint; `before_update` must be called before the state changes. Called on every rank."""
+    def save(
+        self,
+        step: int,
+        state: dict[str, Any],
+        private: dict[str, Any],
+        volatile: Iterable[Tensor],
+        *,
+        best: bool,
+    ) -> None:
+        """Begin a checkpoint; `before_update` must be called before the state changes. Called on every rank.
+
+        Args:
+            private: what this rank alone holds, in tensors that nobody changes; empty on all ranks or on none.
+        """
         self.saved_step = step
+        if self._writer is not None:
+            self._writer.wait()
+        if private:
+            self._private.begin(step, private)
         self._store.set(f"random/{step}/{self._rank}", json.dumps(random_state.capture(self._device)))
         if self._writer is not None:
-            late = functools.partial(self._random_states, step)
+            late = functools.partial(self._late, step, attached=bool(private))
             self._writer.begin(step, state, best=best, volatile=list(volatile), late=late)
 
     def before_update(self) -> None:
@@ -57,11 +77,13 @@ class CheckpointSession:
 
     def wait(self) -> None:
         """Wait until the checkpoint that was begun last is on disk, or has failed."""
+        self._private.wait()
         if self._writer is not None:
             self._writer.wait()
 
     def close(self) -> None:
         """Finish what was begun."""
+        self._private.close()
         if self._writer is not None:
             self._writer.close()
 
@@ -82,13 +104,22 @@ class CheckpointSession:
             raise CheckpointError(choice["error"])
         if not choice["path"]:
             return None
-        document, tensors = archive.read(self._archive.path(choice["path"]))
+        self._chosen = self._archive.path(choice["path"])
+        document, tensors = archive.read(self._chosen)
         random_state.restore(document["late"][self._rank], self._device)
         restored: dict[str, Any] = tree.decode(document["state"], tensors)
         self.saved_step = int(choice["step"])
         if self._rank == 0:
             self._log.write("resumed", step=choice["step"], checkpoint=choice["path"])
         return restored
+
+    def restore_private(self) -> dict[str, Any] | None:
+        """What this rank alone held in the checkpoint that `restore` chose; None if there is none."""
+        part = archive.read_private(self._chosen, self._rank) if self._chosen else None
+        if part is None:
+            return None
+        state: dict[str, Any] = tree.decode(*part)
+        return state
 
     def last_good(self) -> str:
         """A phrase that names the newest checkpoint, for messages: rank 0's word, since it may still be writing."""
@@ -105,12 +136,17 @@ class CheckpointSession:
         for saved in reversed(self._archive.list()):
             try:
                 archive.read(saved.path)
+                archive.verify(saved.path)
             except CheckpointError as error:
                 damaged.append(str(error))
                 self._log.write("checkpoint_damaged", checkpoint=saved.path.name, message=str(error))
                 continue
             return _choice(saved, "")
         return _choice(None, f"no checkpoint is whole: {'; '.join(damaged)}" if damaged else "")
+
+    def _late(self, step: int, *, attached: bool) -> tuple[list[Any], list[Attachment]]:
+        states = self._random_states(step)
+        return states, collect(self._store, step, self._world_size, _PATIENCE) if attached else []
 
     def _random_states(self, step: int) -> list[Any]:
         keys = [f"random/{step}/{rank}" for rank in range(self._world_size)]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from shoal.engine.checkpoint import tree
-from shoal.engine.checkpoint.archive import Archive
+from shoal.engine.checkpoint.archive import Archive, Attachment
 from shoal.errors import CheckpointError
 from shoal.events import EventLog
 
@@ -40,14 +40,20 @@ class CheckpointWriter:
         self.failed: str | None = None
 
     def begin(
-        self, step: int, state: dict[str, Any], *, best: bool, volatile: list[Tensor], late: Callable[[], Any]
+        self,
+        step: int,
+        state: dict[str, Any],
+        *,
+        best: bool,
+        volatile: list[Tensor],
+        late: Callable[[], tuple[Any, list[Attachment]]],
     ) -> None:
         """Start a checkpoint of live state; `before_update` must be called before any of it changes.
 
         Args:
             state: by part ("model", "optimizer", ...), each a state dict with tensors anywhere in it.
             volatile: tensors that change before the next update (a model's buffers): copied here and now.
-            late: called by the thread, for what takes waiting (other ranks' random states); its value is stored.
+            late: called by the thread, for what takes waiting: other ranks' random states, and files to attach.
 
         Raises:
             CheckpointError: the state has something that cannot be stored.
@@ -87,7 +93,7 @@ class CheckpointWriter:
         copies: dict[str, Tensor],
         rest: dict[str, Tensor],
         best: bool,
-        late: Callable[[], Any],
+        late: Callable[[], tuple[Any, list[Attachment]]],
     ) -> None:
         try:
             try:
@@ -98,8 +104,9 @@ class CheckpointWriter:
             _check_finite(step, fresh)
             copies |= fresh
             started = time.perf_counter()
-            state = {"state": encoded, "late": late()}
-            path, size_bytes = self._archive.write(step, state, copies, best=best)
+            states, attachments = late()
+            document = {"state": encoded, "late": states}
+            path, size_bytes = self._archive.write(step, document, copies, best=best, attachments=attachments)
             self.failed = None
             self._log.write(
                 "checkpoint_saved",

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Any
+
+import pydantic
+
 from shoal.strategy.sync.allreduce import AllReduceConfig, AllReduceSync
+from shoal.strategy.sync.local import LocalConfig, LocalSync
 
-SyncConfig = AllReduceConfig
+SyncConfig = Annotated[AllReduceConfig | LocalConfig, pydantic.Field(discriminator="kind")]
 
-SYNCS: dict[str, type[AllReduceSync]] = {
+AnySync = AllReduceSync | LocalSync
+
+SYNCS: dict[str, type[Any]] = {
     "allreduce": AllReduceSync,
+    "local": LocalSync,
 }
 
-__all__ = ["SYNCS", "SyncConfig"]
+__all__ = ["SYNCS", "AnySync", "SyncConfig"]

@@ -43,11 +43,11 @@ class AllReduceSync(Summation):
 
     def __init__(self, config: AllReduceConfig, coder: Coder | None, topology: Topology) -> None:
         super().__init__(topology, coder, config.form, config.algorithm)
-        self._lanes = config.lanes
+        self.config = config
 
     def num_lanes(self, device: str) -> int:
         """How many exchanges run at once.
 
         In shared memory one keeps all cores busy; NCCL may deadlock when two communicators run at once.
         """
-        return self._lanes or (1 if device == "cuda" or not self.crosses_network else 2)
+        return self.config.lanes or (1 if device == "cuda" or not self.crosses_network else 2)

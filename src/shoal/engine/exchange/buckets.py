@@ -17,13 +17,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from shoal.engine.exchange import flat
 from shoal.errors import JobError
 from shoal.strategy.bucket import Bucket, Piece
 from shoal.wire.transport import Memory
 
 Allocate = Callable[[int, int, torch.dtype], Memory]
 """(bucket's number, values, dtype) -> flat memory."""
-_ALIGNMENT_BYTES = 64
 
 
 @dataclass
@@ -64,7 +64,7 @@ class GradientBuckets:
         trainable = [(name, p) for name, p in named_parameters if p.requires_grad]
         self.buckets: list[Bucket] = []
         self._slots: list[_Slot] = []
-        for group in _group(list(reversed(trainable)), bucket_bytes):
+        for group in flat.group(list(reversed(trainable)), bucket_bytes):
             self._lay_out(group, allocate)
         self._slots_of = [[s for s in self._slots if s.bucket == index] for index in range(len(self.buckets))]
         self._missing = [0] * len(self.buckets)
@@ -110,13 +110,13 @@ class GradientBuckets:
 
     def _lay_out(self, group: list[tuple[str, nn.Parameter]], allocate: Allocate) -> None:
         dtype = group[0][1].dtype
-        offsets, num_values = _offsets([p.numel() for _, p in group], dtype.itemsize)
+        offsets, num_values = flat.offsets([p.numel() for _, p in group], dtype.itemsize)
         index = len(self.buckets)
         memory = allocate(index, num_values + len(group), dtype)
         pieces = tuple(Piece(offset, p.shape) for (_, p), offset in zip(group, offsets, strict=True))
         self.buckets.append(Bucket.over(f"bucket-{index}", memory, num_values, pieces))
         for (name, p), offset in zip(group, offsets, strict=True):
-            source, target = (_like(p, flat, offset) for flat in (memory.source, memory.target))
+            source, target = (flat.view_like(p, whole, offset) for whole in (memory.source, memory.target))
             self._slots.append(_Slot(name, p, index, source, target))
 
     def _hook(self, slot: _Slot) -> Callable[[Tensor], None]:
@@ -150,37 +150,6 @@ class GradientBuckets:
         bucket.source[bucket.num_values :].copy_(flags, non_blocking=True)
         self._send(self._next, bucket)
         self._next += 1
-
-
-def _group(parameters: list[tuple[str, nn.Parameter]], bucket_bytes: int) -> list[list[tuple[str, nn.Parameter]]]:
-    """Cut the list where a bucket is full or the dtype changes."""
-    groups: list[list[tuple[str, nn.Parameter]]] = []
-    size = 0
-    for name, parameter in parameters:
-        if not groups or size >= bucket_bytes or groups[-1][-1][1].dtype != parameter.dtype:
-            groups.append([])
-            size = 0
-        groups[-1].append((name, parameter))
-        size += parameter.numel() * parameter.element_size()
-    return groups
-
-
-def _offsets(sizes: list[int], item_bytes: int) -> tuple[list[int], int]:
-    """Where each of so many values starts, aligned for vector instructions, and the total."""
-    unit = max(1, _ALIGNMENT_BYTES // item_bytes)
-    offsets, end = [], 0
-    for size in sizes:
-        offsets.append(end)
-        end += -(-size // unit) * unit
-    return offsets, end
-
-
-def _like(parameter: nn.Parameter, flat: Tensor, offset: int) -> Tensor:
-    """A view of the parameter's shape, and of its memory layout (channels last, say) where that has no gaps."""
-    span = 1 + sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
-    if parameter.numel() == span:
-        return flat.as_strided(parameter.shape, parameter.stride(), flat.storage_offset() + offset)
-    return flat[offset : offset + parameter.numel()].view(parameter.shape)
 
 
 def _check_dense(name: str, gradient: Tensor) -> None:

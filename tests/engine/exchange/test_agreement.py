@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from shoal.engine.agreement import Agreement, Verdict
+from shoal.engine.exchange.agreement import Agreement, Verdict
 from shoal.strategy.codec import CODECS
 from shoal.strategy.sync.allreduce import AllReduceConfig, AllReduceSync
 from shoal.strategy.topology import topologies

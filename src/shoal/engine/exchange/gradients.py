@@ -1,56 +1,44 @@
-"""One step's exchange on one rank: gradients and agreement, from the first backward to the optimizer."""
+"""Gradients summed in every step: buckets leave while backward runs, and the optimizer waits for the sums."""
 
 from __future__ import annotations
 
 import functools
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from shoal.engine.agreement import Agreement, Verdict
-from shoal.engine.buckets import GradientBuckets
-from shoal.engine.clipping import clip
-from shoal.engine.communicator import Lane
-from shoal.errors import JobError
+from shoal.data.loader import Batch
+from shoal.engine.exchange.agreement import Agreement, Verdict
+from shoal.engine.exchange.base import Wiring, copied
+from shoal.engine.exchange.buckets import GradientBuckets
+from shoal.engine.exchange.clipping import clip, no_gradient
+from shoal.engine.exchange.communicator import Lane
 from shoal.ops import NODE, WORLD
 from shoal.strategy.bucket import Bucket
+from shoal.strategy.codec.feedback import Coder
 from shoal.strategy.sync.allreduce import AllReduceSync
-from shoal.wire.transport import Memory, Transport
+from shoal.wire.transport import Memory
 
 _BYTES_PER_MB = 1_000_000
 
 
 class GradientExchange:
-    """Runs a sync for every step of training.
+    """Runs `AllReduceSync`."""
 
-    Called in this order each step: `begin`, `before_backward` for each micro-batch but the last, `before_last_backward`
-    (also where there is no micro-batch), `finish`, `clip`, `install`, then the optimizer, then `release`.
-    """
+    replicas_equal = True
 
-    def __init__(
-        self,
-        model: nn.Module,
-        sync: AllReduceSync,
-        lanes: list[dict[str, Transport]],
-        device: torch.device,
-        rank: int,
-        world_size: int,
-        bucket_mb: float,
-    ) -> None:
-        """Lay out the buckets of `model`'s gradients; collective.
-
-        Args:
-            lanes: for each lane its transports by group; they belong to this object from now on. Buckets go to lanes
-                in turn; everything else takes the first.
-        """
-        self._sync = sync
-        self._lanes = [Lane(transports, device) for transports in lanes]
+    def __init__(self, wiring: Wiring, sync: AllReduceSync, coder: Coder | None) -> None:
+        """Lay out the buckets of gradients; collective. Buckets go to lanes in turn, all else to the first."""
+        self._sync, self._coder, self._model = sync, coder, wiring.model
+        self._lanes = [Lane(transports, wiring.device) for transports in wiring.lanes]
         self._group = NODE if sync.hierarchical else WORLD
         self._buckets = GradientBuckets(
-            model.named_parameters(), int(bucket_mb * _BYTES_PER_MB), self._allocate, self._send
+            wiring.model.named_parameters(), int(sync.config.bucket_mb * _BYTES_PER_MB), self._allocate, self._send
         )
+        rank, world_size = wiring.topology.rank, wiring.topology.world_size
         allocate = functools.partial(self._allocate, 0)
         self._agreement = Agreement(rank, world_size, allocate)
         self._square = Bucket.over("clipping", allocate(1, torch.float64), 1)
@@ -62,7 +50,11 @@ class GradientExchange:
         """Payload bytes that this rank has put on the network so far."""
         return sum(lane.bytes_sent for lane in self._lanes)
 
-    def begin(self) -> None:
+    def denominator(self, batch: Batch) -> float:
+        """The samples of all ranks: the sum of the gradients is then the mean over the global batch."""
+        return batch.size
+
+    def begin(self, batch: Batch) -> None:
         """A new step."""
         self._buckets.begin()
 
@@ -70,15 +62,10 @@ class GradientExchange:
         """Call before each micro-batch's backward."""
         self._pass_fence()
 
-    def before_last_backward(self, weighted_loss: Tensor, *, stop: bool) -> None:
-        """Call before the last micro-batch's backward: from now on buckets leave as they fill.
-
-        Args:
-            weighted_loss: this rank's part of the global mean loss, a scalar.
-            stop: this rank asks to stop after this step.
-        """
+    def before_last_backward(self, loss: Tensor, *, stop: bool) -> None:
+        """From now on buckets leave as they fill."""
         self._pass_fence()
-        self._agreement.propose(weighted_loss, stop=stop)
+        self._agreement.propose(loss, stop=stop)
         first = self._lanes[0]
         self._in_flight.append((first, first.submit(self._sync.exchange_exact(self._agreement.bucket))))
         self._buckets.begin_last_backward()
@@ -103,14 +90,33 @@ class GradientExchange:
             JobError: no rank had a gradient for anything.
         """
         if self._buckets.install() == 0:
-            raise JobError(
-                "no parameter got a gradient on any rank; expected a loss that depends on the model's parameters: is "
-                "it computed under torch.no_grad, or from detached tensors?"
-            )
+            raise no_gradient()
 
     def release(self) -> None:
         """This rank has read its gradients: the memory may be written again once all ranks say so."""
         self._fence = self._lanes[0].submit(self._sync.fence())
+
+    def consensus(self) -> AbstractContextManager[None]:
+        """All replicas are equal at all times."""
+        return nullcontext()
+
+    def conclude(self) -> bool:
+        """All replicas are equal at all times."""
+        return False
+
+    def model_state(self) -> dict[str, Any]:
+        """The model's own."""
+        state: dict[str, Any] = self._model.state_dict()
+        return state
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the codec has to remember."""
+        return {"coder": copied(self._coder.state_dict())} if self._coder else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`'s value."""
+        if self._coder is not None and state:
+            self._coder.load_state_dict(state["coder"])
 
     def close(self) -> None:
         """End the communication threads and their transports."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from shoal.engine.buckets import GradientBuckets
+from shoal.engine.exchange.buckets import GradientBuckets
 from shoal.errors import JobError
 from shoal.wire.transport import Memory, private_memory
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from shoal.engine.communicator import Lane, perform
+from shoal.engine.exchange.communicator import Lane, perform
 from shoal.errors import PeerLostError
 from shoal.ops import NODE, WORLD, AllGather, Barrier, Exchange, Op
 from shoal.wire.transport import Memory, private_memory

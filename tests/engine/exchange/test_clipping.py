@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shoal.engine.clipping import clip
+from shoal.engine.exchange.clipping import clip
 from shoal.strategy.bucket import Bucket
 from shoal.wire.inprocess import run_in_process
 from shoal.wire.transport import Memory

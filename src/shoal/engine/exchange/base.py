@@ -1,0 +1,120 @@
+"""What the loop sees of a sync: one replica among others, step by step.
+
+Called in this order each step: `begin`, `before_backward` for each micro-batch but the last, `before_last_backward`
+(also where there is no micro-batch), `finish`, `clip`, `install`, then the optimizer, then `release`. What each does
+depends on what a sync exchanges: gradients (gradients.py), parameters every so often (local.py), parameters with
+neighbours (gossip.py), gradients against parameters with servers (servers.py).
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import Store
+from torch.optim import Optimizer
+
+from shoal.data.loader import Batch
+from shoal.engine.exchange.agreement import Verdict
+from shoal.events import EventLog
+from shoal.strategy.topology import Topology
+from shoal.wire.transport import Transport
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wiring:
+    """What an exchange is built from.
+
+    Attributes:
+        lanes: for each lane its transports by group; they belong to the exchange from now on.
+        store: shared by all ranks.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    lanes: list[dict[str, Transport]]
+    topology: Topology
+    device: torch.device
+    store: Store
+    log: EventLog
+
+
+class ReplicaExchange(Protocol):
+    """Keeps one rank's replica in agreement with the others.
+
+    Attributes:
+        replicas_equal: between steps every rank holds the same parameters and optimizer state.
+    """
+
+    replicas_equal: bool
+
+    @property
+    def bytes_sent(self) -> int:
+        """Payload bytes that this rank has put on the network so far."""
+
+    def denominator(self, batch: Batch) -> float:
+        """What a sum of this rank's sample losses is divided by before backward."""
+
+    def begin(self, batch: Batch) -> None:
+        """A new step."""
+
+    def before_backward(self) -> None:
+        """Call before each micro-batch's backward."""
+
+    def before_last_backward(self, loss: Tensor, *, stop: bool) -> None:
+        """Call before the last micro-batch's backward.
+
+        Args:
+            loss: the sum of this rank's sample losses over `denominator`, a scalar.
+            stop: this rank asks to stop.
+        """
+
+    def finish(self) -> Verdict:
+        """Wait for what this step needs of others; return what is agreed."""
+
+    def clip(self, max_norm: float) -> float:
+        """Scale the gradients down to `max_norm`; return their norm before that."""
+
+    def install(self) -> None:
+        """Make the parameters' `grad` ready for the optimizer.
+
+        Raises:
+            JobError: there is no gradient for anything.
+        """
+
+    def release(self) -> None:
+        """The optimizer has taken its step."""
+
+    def consensus(self) -> AbstractContextManager[None]:
+        """While it lasts the model holds what all ranks agree on. Collective."""
+
+    def conclude(self) -> bool:
+        """Training ends: make all replicas equal; return whether that changed the model. Collective."""
+
+    def model_state(self) -> dict[str, Any]:
+        """The model's state dict with the parameters that all ranks agree on, of tensors that live on."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What only this rank holds and a resumed run needs, beside the parts; may be empty. Tensors are copies."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`'s value."""
+
+    def close(self) -> None:
+        """End threads and transports."""
+
+
+def copied(state: Any) -> Any:
+    """A copy of nested dictionaries, lists and tuples, tensors included."""
+    match state:
+        case Tensor():
+            return state.detach().clone()
+        case dict():
+            return {key: copied(item) for key, item in state.items()}
+        case list() | tuple():
+            return type(state)(copied(item) for item in state)
+        case _:
+            return state
