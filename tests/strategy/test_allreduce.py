@@ -140,8 +140,21 @@ def test_every_rank_asks_for_the_same_groups(layout: str, form: str, groups: set
         assert sync.hierarchical == (groups != {WORLD})
 
 
-def test_non_finite_values_reach_every_rank_through_every_codec() -> None:
-    for codec in CODECS:
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("layout", ["ab", "aab", "abcd"])
+def test_non_finite_values_reach_every_rank_through_every_codec(codec: str, layout: str) -> None:
+    for bad in (torch.nan, torch.inf):
+        made = buckets(layout, 3, 2, 0)
+        made[1].source[0] = bad
+        exchange(layout, "auto", codec, made)
+        for bucket in made:
+            assert not bucket.target[:3].isfinite().all()
+            assert bucket.target[3:].isfinite().all()
+            assert torch.equal(bucket.target.nan_to_num(), made[0].target.nan_to_num())
+
+
+def test_only_the_values_themselves_become_non_finite_where_each_goes_its_own_way() -> None:
+    for codec in ("none", "bf16"):
         made = buckets("aab", 3, 0, 0)
         made[1].source[0], made[2].source[1] = torch.nan, torch.inf
         exchange("aab", "auto", codec, made)
@@ -154,7 +167,8 @@ def test_non_finite_values_reach_every_rank_through_every_codec() -> None:
 def test_ranks_that_come_to_different_operations_are_told() -> None:
     views = topologies("ab")
     made = buckets("ab", 3, 0, 0)
-    syncs = [AllReduceSync(AllReduceConfig(), coder(name, view.rank), view) for name, view in zip(("none", "bf16"), views, strict=True)]
+    coders = [coder("none", 0), coder("bf16", 1)]
+    syncs = [AllReduceSync(AllReduceConfig(), own, view) for own, view in zip(coders, views, strict=True)]
     exchanges = [sync.exchange(bucket) for sync, bucket in zip(syncs, made, strict=True)]
     with pytest.raises(AssertionError, match="different operations"):
         run_in_process(exchanges, lambda rank, group: views[rank].members(group))

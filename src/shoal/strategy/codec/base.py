@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
 
 import pydantic
 from torch import Tensor
@@ -66,6 +66,14 @@ class Codec(Protocol):
 
     def size_bytes(self, num_values: int, item_bytes: int) -> int:
         """The bytes that one row of `num_values` values of `item_bytes` each takes on the wire."""
+
+
+@runtime_checkable
+class EchoingCodec(Codec, Protocol):
+    """A codec that knows cheaply, while it encodes, what will be decoded; error feedback then saves a decoding."""
+
+    def encode_decoded(self, values: Tensor, key: int) -> tuple[Tensor, Tensor]:
+        """The bytes, as by `encode`, and what they decode to, to the bit: shape and dtype of `values`."""
 
 
 class LinearCodec(Codec, Protocol):

@@ -1,7 +1,8 @@
 """Error feedback: what a codec loses now is added to what it gets next (Seide et al. 2014; Karimireddy et al. 2019).
 
-One wrapper around any codec. It holds, by name, everything that has to survive from one exchange to the next: residuals,
-a linear codec's own memory, and how many exchanges there have been, which seeds the codec and ends the warm-up.
+One wrapper around any codec. It holds, by name, everything that has to survive from one exchange to the next:
+residuals, a linear codec's own memory, and how many exchanges there have been, which seeds the codec and ends the
+warm-up.
 Over time nothing is lost: the sum of all decoded values and the residual is the sum of all values given.
 """
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from shoal.strategy.bucket import Piece
-from shoal.strategy.codec.base import Codec, CodecOptions, LinearCodec, Projection
+from shoal.strategy.codec.base import Codec, CodecOptions, EchoingCodec, LinearCodec, Projection
 
 _RESIDUAL = "residual"
 
@@ -40,10 +41,16 @@ class Coder:
     def encode(self, name: str, values: Tensor, *, stage: str = "own") -> Tensor:
         """Encode rows of values, shape (rows, n), with what was lost before; remember what is lost now."""
         key = f"{name}/{stage}"
+        seed = self._key(name, self._rank + 1, stage)
+        if not self._feedback:
+            return self.codec.encode(values, seed)
         corrected = self._corrected(key, values)
-        payload = self.codec.encode(corrected, self._key(name, self._rank + 1, stage))
-        if self._feedback:
-            self._keep(key, corrected - self.codec.decode(payload, values.shape[-1], values))
+        if isinstance(self.codec, EchoingCodec):
+            payload, decoded = self.codec.encode_decoded(corrected, seed)
+        else:
+            payload = self.codec.encode(corrected, seed)
+            decoded = self.codec.decode(payload, values.shape[-1], corrected)
+        corrected.sub_(decoded)
         return payload
 
     def decode(self, payload: Tensor, num_values: int, like: Tensor) -> Tensor:
@@ -54,11 +61,11 @@ class Coder:
         """A linear codec's sum of values, shape (n,), with what was lost before; remember what is lost now."""
         codec: LinearCodec = self.codec  # type: ignore[assignment]
         key = f"{name}/own"
-        corrected = self._corrected(key, values)
+        corrected = self._corrected(key, values) if self._feedback else values
         memory = self._memory.setdefault(f"{name}/codec", {})
         total, own = yield from codec.project(corrected, pieces, memory, self._key(name, 0, ""))
         if self._feedback:
-            self._keep(key, corrected - own)
+            corrected.sub_(own)
         return total, own
 
     def residual_norm(self) -> float:
@@ -80,11 +87,14 @@ class Coder:
         self._memory.clear()
 
     def _corrected(self, key: str, values: Tensor) -> Tensor:
-        held = self._memory.get(key, {}).get(_RESIDUAL)
-        return values if held is None else values + held
-
-    def _keep(self, key: str, lost: Tensor) -> None:
-        self._memory.setdefault(key, {})[_RESIDUAL] = lost
+        """The values and what was lost before, in the residual's own memory: the caller takes off what is decoded."""
+        memory = self._memory.setdefault(key, {})
+        held = memory.get(_RESIDUAL)
+        if held is None:
+            memory[_RESIDUAL] = values.clone(memory_format=torch.contiguous_format)
+        else:
+            held.add_(values)
+        return memory[_RESIDUAL]
 
     def _key(self, name: str, sender: int, stage: str) -> int:
         """63 bits that differ by run, bucket, exchange, sender and stage."""

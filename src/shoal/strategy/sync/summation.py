@@ -115,5 +115,5 @@ def _encoded_sum(bucket: Bucket, source: Tensor, group: str, size: int, coder: C
     parts = coder.decode(received[:, : encoded.shape[1]].contiguous(), length, source)
     mine = parts.sum(dim=0, keepdim=True)
     gathered = yield AllGather(coder.encode(bucket.name, mine, stage="sum")[0], group)
-    bucket.target[: bucket.num_values] = coder.decode(gathered, length, source).view(-1)[: bucket.num_values]
+    bucket.target[: bucket.num_values] = coder.decode(gathered, length, source).flatten()[: bucket.num_values]
     bucket.target[bucket.num_values :] = received[:, encoded.shape[1] :].sum(dim=0)
