@@ -100,13 +100,13 @@ class Archive:
         self._prune(step)
         return final, size_bytes
 
-    def write_private(self, step: int, rank: int, state: Any, tensors: dict[str, Tensor]) -> list[Attachment]:
-        """Write what one rank alone holds, to be attached to the checkpoint of `step`.
+    def write_private(self, name: str, rank: int, state: Any, tensors: dict[str, Tensor]) -> list[Attachment]:
+        """Write what one rank alone holds, to be attached to a checkpoint; `name` is no other's.
 
         Raises:
             CheckpointError: the disk refused.
         """
-        folder = self._folder / f".{_name(step)}.rank-{rank}.tmp"
+        folder = self._folder / f".step-{name}.rank-{rank}.tmp"
         try:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)

@@ -28,10 +28,10 @@ class PrivateWriter:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="shoal-private")
         self._pending: Future[None] | None = None
 
-    def begin(self, step: int, state: dict[str, Any]) -> None:
-        """Start to write `state`, whose tensors nobody changes any more."""
+    def begin(self, serial: int, step: int, state: dict[str, Any]) -> None:
+        """Start to write `state`, whose tensors nobody changes any more; `serial` counts the run's checkpoints."""
         self.wait()
-        self._pending = self._executor.submit(self._write, step, state)
+        self._pending = self._executor.submit(self._write, serial, step, state)
 
     def wait(self) -> None:
         """Wait until what was begun last is written, or has failed and told so."""
@@ -44,17 +44,17 @@ class PrivateWriter:
         self.wait()
         self._executor.shutdown()
 
-    def _write(self, step: int, state: dict[str, Any]) -> None:
+    def _write(self, serial: int, step: int, state: dict[str, Any]) -> None:
         try:
             encoded, tensors = tree.encode(state, "private")
-            attachments = self._archive.write_private(step, self._rank, encoded, tensors)
+            attachments = self._archive.write_private(f"{step}-{serial}", self._rank, encoded, tensors)
             told: dict[str, Any] = {"files": [attachment.to_plain() for attachment in attachments]}
         except (CheckpointError, OSError) as error:
             told = {"error": str(error)}
-        self._store.set(_key(step, self._rank), json.dumps(told))
+        self._store.set(_key(serial, self._rank), json.dumps(told))
 
 
-def collect(store: Store, step: int, world_size: int, patience: timedelta) -> list[Attachment]:
+def collect(store: Store, serial: int, world_size: int, patience: timedelta) -> list[Attachment]:
     """Rank 0: the files of all ranks.
 
     Raises:
@@ -62,7 +62,7 @@ def collect(store: Store, step: int, world_size: int, patience: timedelta) -> li
     """
     attachments: list[Attachment] = []
     for rank in range(world_size):
-        key = _key(step, rank)
+        key = _key(serial, rank)
         store.wait([key], patience)
         told = json.loads(store.get(key))
         store.delete_key(key)
@@ -72,5 +72,5 @@ def collect(store: Store, step: int, world_size: int, patience: timedelta) -> li
     return attachments
 
 
-def _key(step: int, rank: int) -> str:
-    return f"private/{step}/{rank}"
+def _key(serial: int, rank: int) -> str:
+    return f"private/{serial}/{rank}"

@@ -37,8 +37,9 @@ class CheckpointSession:
         self._log = log
         self._device = device
         self._writer = CheckpointWriter(archive, log) if rank == 0 else None
-        self._private = PrivateWriter(archive, store, rank)
+        self._private = PrivateWriter(archive, store.clone(), rank)  # type: ignore[attr-defined]  # a client waits with its lock held
         self._chosen: Path | None = None
+        self._serial = 0
         self.saved_step: int | None = None
 
     @property
@@ -61,13 +62,14 @@ class CheckpointSession:
             private: what this rank alone holds, in tensors that nobody changes; empty on all ranks or on none.
         """
         self.saved_step = step
+        self._serial += 1
         if self._writer is not None:
             self._writer.wait()
         if private:
-            self._private.begin(step, private)
-        self._store.set(f"random/{step}/{self._rank}", json.dumps(random_state.capture(self._device)))
+            self._private.begin(self._serial, step, private)
+        self._store.set(f"random/{self._serial}/{self._rank}", json.dumps(random_state.capture(self._device)))
         if self._writer is not None:
-            late = functools.partial(self._late, step, attached=bool(private))
+            late = functools.partial(self._late, self._serial, attached=bool(private))
             self._writer.begin(step, state, best=best, volatile=list(volatile), late=late)
 
     def before_update(self) -> None:
@@ -144,12 +146,12 @@ class CheckpointSession:
             return _choice(saved, "")
         return _choice(None, f"no checkpoint is whole: {'; '.join(damaged)}" if damaged else "")
 
-    def _late(self, step: int, *, attached: bool) -> tuple[list[Any], list[Attachment]]:
-        states = self._random_states(step)
-        return states, collect(self._store, step, self._world_size, _PATIENCE) if attached else []
+    def _late(self, serial: int, *, attached: bool) -> tuple[list[Any], list[Attachment]]:
+        states = self._random_states(serial)
+        return states, collect(self._store, serial, self._world_size, _PATIENCE) if attached else []
 
-    def _random_states(self, step: int) -> list[Any]:
-        keys = [f"random/{step}/{rank}" for rank in range(self._world_size)]
+    def _random_states(self, serial: int) -> list[Any]:
+        keys = [f"random/{serial}/{rank}" for rank in range(self._world_size)]
         self._store.wait(keys, _PATIENCE)
         states = [json.loads(self._store.get(key)) for key in keys]
         for key in keys:

@@ -118,7 +118,8 @@ class LocalExchange:
 
     def install(self) -> None:
         """The gradients are where autograd put them."""
-        require_gradients(self._wiring.model)
+        if self._weight:
+            require_gradients(self._wiring.model)
 
     def release(self) -> None:
         """Merge what is due, and let leave what is due."""
