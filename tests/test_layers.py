@@ -15,7 +15,7 @@ LAYERS = (
     ("errors", "events", "ops", "units", "run", "strict_toml", "_version"),
     ("wire",),
     ("strategy", "cluster", "data", "job"),
-    ("plan",),
+    ("plan", "servers"),
     ("engine",),
     ("launch", "dashboard"),
     ("training",),

@@ -7,6 +7,7 @@ ShoalError
 │   ├── PlanError                    plan.toml or a flag that changes it
 │   ├── ClusterError                 cluster.toml or --lab
 │   ├── RunError                     the run directory: exists, missing, not writable
+│   ├── SecretsError                 the file of the parameter servers' keys
 │   └── MissingExtra                 an optional dependency that is not installed
 ├── MachineError                     this machine lacks a right, a device or space
 │   └── LabError                     the emulated cluster could not be made
@@ -15,7 +16,9 @@ ShoalError
 ├── WireError                        between processes
 │   ├── RendezvousError              a rank could not join
 │   ├── PlanMismatchError            a rank with another plan tried to join
-│   └── PeerLostError                a rank vanished while others talked to it
+│   ├── PeerLostError                a rank vanished while others talked to it
+│   ├── ServerLostError              a parameter server cannot be reached, or vanished with no replica left
+│   └── ServerRefusedError           a parameter server refused a request: wrong key, unknown name, row out of range
 └── WorkerFailedError                a launched process ended badly; carries its report
 
 A message says what was got, what was expected, where, and what to do about it.
@@ -57,6 +60,10 @@ class RunError(UsageError):
     """A run directory exists already, does not exist, or cannot be written."""
 
 
+class SecretsError(UsageError):
+    """The file of the parameter servers' keys cannot be read, or is not safe."""
+
+
 class MissingExtra(UsageError):  # noqa: N818 - the name users search for
     """An optional dependency is not installed."""
 
@@ -94,6 +101,14 @@ class PlanMismatchError(WireError):
 
 class PeerLostError(WireError):
     """A rank vanished while others waited for it."""
+
+
+class ServerLostError(WireError):
+    """A parameter server cannot be reached, or vanished and nobody else holds its keys."""
+
+
+class ServerRefusedError(WireError):
+    """A parameter server refused a request or the connection: asking again will not help."""
 
 
 class WorkerFailedError(ShoalError):

@@ -8,7 +8,7 @@ Groups are named, not held: the interpreter knows which ranks and which transpor
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,8 @@ NODE = "node"
 """The ranks of this rank's own node."""
 LEADERS = "leaders"
 """The first rank of every node."""
+SERVERS = "servers"
+"""The parameter servers, which are no ranks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,33 @@ class Barrier:
     group: str
 
 
+@dataclass(frozen=True, slots=True)
+class Push:
+    """Send this worker's update of its step `clock` to the parameter servers that hold `tensors`' names.
+
+    The worker has scaled it already (by its share of the samples): servers sum. The tensors must stay as they are until
+    the result is there. Result: None, once every server, and its replica where there is one, has acknowledged.
+    """
+
+    tensors: Mapping[str, Any]
+    clock: int
+    group: str = SERVERS
+
+
+@dataclass(frozen=True, slots=True)
+class Pull:
+    """Fetch named values from the parameter servers, for a worker that has finished `clock` steps.
+
+    Result: tensors by name, as fresh as the servers' staleness bound promises for `clock`.
+    """
+
+    names: Sequence[str]
+    clock: int
+    group: str = SERVERS
+
+
+ServerOp = Push | Pull
+"""What a client of parameter servers performs; no collective, so it is not among `Op`."""
 Op = AllReduce | Broadcast | AllToAll | AllGather | SendRecv | Barrier
 Exchange = Generator[Op, Any, Any]
 """What a sync writes: yields operations, receives their results, may return a value."""
