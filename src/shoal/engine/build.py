@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -99,7 +100,10 @@ def build_coder(plan: Plan, topology: Topology) -> Coder | None:
     """The plan's codec with its memory; None where values go as they are."""
     if plan.codec.kind == "none":
         return None
-    return Coder(make_codec(plan.codec), plan.codec, rank=topology.rank, seed=plan.seed)
+    options = plan.codec
+    if plan.sync.kind == "gossip":  # it sends differences to what was told before: an error feedback of its own
+        options = dataclasses.replace(options, error_feedback=False)
+    return Coder(make_codec(options), options, rank=topology.rank, seed=plan.seed)
 
 
 def build_exchange(

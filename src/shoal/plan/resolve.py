@@ -14,6 +14,7 @@ from typing import Any
 
 from shoal import strict_toml
 from shoal.errors import PlanError
+from shoal.plan import capability
 from shoal.plan.schema import Plan, StopConfig
 from shoal.plan.until import Until
 
@@ -62,7 +63,7 @@ def resolve_plan(plan: Plan, world_size: int) -> Plan:
         batch=dataclasses.replace(plan.batch, shares=tuple(float(share) for share in shares)),
         stop=stop,
     )
-    for check in (_check_layout, _check_batch, _check_stop):
+    for check in (_check_layout, _check_batch, _check_stop, capability.check):
         check(resolved, world_size)
     return resolved
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from shoal.engine.exchange.agreement import Agreement, Verdict
-from shoal.strategy.codec import CODECS
 from shoal.strategy.sync.allreduce import AllReduceConfig, AllReduceSync
 from shoal.strategy.topology import topologies
 from shoal.wire.inprocess import run_in_process

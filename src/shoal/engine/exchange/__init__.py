@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from shoal.engine.exchange.base import ReplicaExchange
+from shoal.engine.exchange.gossip import GossipExchange
 from shoal.engine.exchange.gradients import GradientExchange
 from shoal.engine.exchange.local import LocalExchange
 
 EXCHANGES: dict[str, Callable[..., ReplicaExchange]] = {
     "allreduce": GradientExchange,
     "local": LocalExchange,
+    "gossip": GossipExchange,
 }
 
 __all__ = ["EXCHANGES", "ReplicaExchange"]

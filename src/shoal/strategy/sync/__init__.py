@@ -7,15 +7,17 @@ from typing import Annotated, Any
 import pydantic
 
 from shoal.strategy.sync.allreduce import AllReduceConfig, AllReduceSync
+from shoal.strategy.sync.gossip import GossipConfig, GossipSync
 from shoal.strategy.sync.local import LocalConfig, LocalSync
 
-SyncConfig = Annotated[AllReduceConfig | LocalConfig, pydantic.Field(discriminator="kind")]
+SyncConfig = Annotated[AllReduceConfig | LocalConfig | GossipConfig, pydantic.Field(discriminator="kind")]
 
-AnySync = AllReduceSync | LocalSync
+AnySync = AllReduceSync | LocalSync | GossipSync
 
 SYNCS: dict[str, type[Any]] = {
     "allreduce": AllReduceSync,
     "local": LocalSync,
+    "gossip": GossipSync,
 }
 
 __all__ = ["SYNCS", "AnySync", "SyncConfig"]

@@ -1,0 +1,91 @@
+"""Which combinations of sync and codec are sound: the one table, and the reasons for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from shoal.errors import PlanError
+from shoal.plan.schema import Plan
+from shoal.strategy.sync.gossip import GossipConfig, graph_of
+from shoal.strategy.sync.local import LocalConfig, num_fragments
+
+_NO_CONTRACTION = (
+    "gossip sends differences to what neighbours already hold, which only comes to rest if a codec's error is smaller "
+    "than its values; {codec} is right on average, but a single message may be wrong by more than it says"
+)
+UNSOUND: dict[tuple[str, str], str] = {
+    ("gossip", "terngrad"): _NO_CONTRACTION,
+    ("gossip", "randomk"): _NO_CONTRACTION,
+}
+"""(sync, codec) -> why not."""
+
+
+def check(plan: Plan, world_size: int) -> None:
+    """Refuse what is unsound.
+
+    Raises:
+        PlanError: naming both settings, the reason and what to do.
+    """
+    reason = UNSOUND.get((plan.sync.kind, plan.codec.kind))
+    if reason is not None:
+        raise PlanError(
+            f"codec {plan.codec.kind} does not fit sync {plan.sync.kind}: {reason.format(codec=plan.codec.kind)}; take "
+            f"{' or '.join(_sound(plan.sync.kind))}"
+        )
+    for kind, verify in _CHECKS.items():
+        if plan.sync.kind == kind:
+            verify(plan, world_size)
+
+
+def _sound(sync: str) -> list[str]:
+    candidates = ["int8", "topk", "none"]
+    return [codec for codec in candidates if (sync, codec) not in UNSOUND]
+
+
+def _check_local(plan: Plan, _: int) -> None:
+    sync = plan.sync
+    assert isinstance(sync, LocalConfig)
+    if sync.every == "auto":
+        return
+    fragments = num_fragments(sync)
+    if fragments > sync.every:
+        raise PlanError(
+            f"sync.fragments is {fragments}, more than sync.every {sync.every}: at most one fragment leaves in a step; "
+            f"set fragments to at most {sync.every}"
+        )
+    if sync.overlap != "auto" and sync.overlap > sync.every:
+        raise PlanError(
+            f"sync.overlap is {sync.overlap}, more than sync.every {sync.every}: a fragment would leave again before it "
+            f"is merged; set overlap to at most {sync.every}"
+        )
+
+
+def _check_gossip(plan: Plan, world_size: int) -> None:
+    sync = plan.sync
+    assert isinstance(sync, GossipConfig)
+    if sync.topology == "edges" and not sync.edges and world_size > 1:
+        raise PlanError("sync.topology is edges, but sync.edges is empty; list pairs of ranks, e.g. [[0, 1], [1, 2]]")
+    if sync.topology != "edges" and sync.edges:
+        raise PlanError(
+            f"sync.edges has no effect under topology {sync.topology}; set topology to edges, or leave it out"
+        )
+    if sync.topology != "matching":
+        graph_of(sync, world_size)
+    if sync.topology == "matching" and plan.codec.kind != "none":
+        raise PlanError(
+            f"codec {plan.codec.kind} does not fit sync.topology matching: neighbours have to remember what they were "
+            "told, and these change in every step; take ring, torus or exponential, or codec none"
+        )
+    if sync.mode == "asynchronous" and plan.codec.kind != "none":
+        raise PlanError(
+            f"codec {plan.codec.kind} does not fit sync.mode asynchronous: a pair that meets at random has no common "
+            "memory to send differences to; take mode synchronous, or codec none"
+        )
+    if plan.codec.error_feedback:
+        raise PlanError(
+            "codec.error_feedback does not fit sync gossip, which sends differences to what was told before and so "
+            "feeds errors back already; leave it out"
+        )
+
+
+_CHECKS: dict[str, Callable[[Plan, int], None]] = {"local": _check_local, "gossip": _check_gossip}
