@@ -24,6 +24,7 @@ from shoal.engine.checkpoint.session import CheckpointSession
 from shoal.engine.control import StopRequest
 from shoal.engine.forward import Forward
 from shoal.engine.loop import Crew, Loop, LoopConfig
+from shoal.engine.pace import InStep
 from shoal.engine.progress import Progress
 from shoal.engine.stopping import StopRule
 from shoal.events import EventLog
@@ -53,6 +54,7 @@ def shoal_step(target: str, settings: list[str], plan: Plan, topology: Topology,
         exchange=exchange,
         checkpoints=checkpoints,
         validator=None,
+        pace=InStep(parts.loader, Progress()),
         stop_rule=StopRule(plan.stop),
         stop_request=StopRequest(),
         log=log,
@@ -61,8 +63,7 @@ def shoal_step(target: str, settings: list[str], plan: Plan, topology: Topology,
         rank=topology.rank, weight=1 / size, clip_norm=None, validate_every=0, checkpoint_every=0, keep_best=False
     )
     loop = Loop(config, crew, Progress())
-    batches = parts.loader.batches(Cursor())
-    return lambda: loop._step(batches)
+    return lambda: crew.pace.round(loop)
 
 
 def plain_step(target: str, settings: list[str], plan: Plan, topology: Topology, *, wrap: bool) -> Step:

@@ -82,7 +82,7 @@ def test_every_field_changes_the_hash() -> None:
     base = resolve_plan(Plan(), 2)
     changes: dict[str, dict[str, Any]] = {
         "layout": {"replicate": 3},
-        "sync": {"form": "flat", "bucket_mb": 8.0, "lanes": 3},
+        "sync": {"form": "flat", "algorithm": "ring", "bucket_mb": 8.0, "lanes": 3},
         "batch": {"size": 65, "accumulate": 2, "shares": (1.0, 2.0)},
         "compute": {"device": "cpu", "precision": "bf16", "clip_norm": 1.0, "threads": 1},
         "data": {"shuffle": False, "drop_last": True, "workers": 1},
@@ -122,8 +122,8 @@ MISTAKES = [
     ("[data]\nshuffle = 1", 2, "data.shuffle: got the integer 1, expected"),
     ("[compute]\nprecision = 'bf15'", 2, "got 'bf15', expected 'fp32' or 'bf16' (did you mean 'bf16'?)"),
     ("[compute]\nclip_norm = 0", 2, "compute.clip_norm"),
-    ("[codec]\nkind = 'bf61'", 2, "codec.kind: got 'bf61', expected one of none, bf16 (did you mean 'bf16'?)"),
-    ("[codec]\nbits = 4", 1, "[codec] has no kind"),
+    ("[codec]\nkind = 'bf61'", 2, "codec.kind: got 'bf61', expected one of none, bf16, "),
+    ("[codec]\nbits = 4", 2, "unknown key 'bits'"),
     ("[codec]\nkind = 'bf16'\nbits = 4", 3, "unknown key 'bits'"),
     ("[sync]\nform = 'hierachical'", 2, "(did you mean 'hierarchical'?)"),
     ("[sync]\nbucket_mb = 0", 2, "sync.bucket_mb"),

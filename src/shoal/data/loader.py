@@ -109,6 +109,22 @@ class Loader:
             counts = [len(turn) for turn in self.micro_spans(cursor) if turn]
             yield Batch(cursor, self._batch_size(cursor), [(n, next(feed)) for n in counts], self._next(cursor))
 
+    def part(self, cursor: Cursor, slot: int) -> Batch:
+        """The part of one global batch that is rank `slot`'s by its share, fetched here and now by whoever asks."""
+        turns = [turn for turn in self.micro_spans(cursor, slot) if turn]
+        fetch, collate = _Seeded(self._dataset), _SeededCollate(self._collate)
+        pieces = [(len(turn), collate(fetch.__getitems__(self._samples(cursor, turn)))) for turn in turns]
+        return Batch(cursor, self._batch_size(cursor), pieces, self._next(cursor))
+
+    def after(self, cursor: Cursor, steps: int) -> tuple[Cursor, int]:
+        """Where `steps` global batches lead from `cursor`, and how many samples lie between."""
+        samples = 0
+        cursor = self._wrap(cursor)
+        for _ in range(steps):
+            samples += self._batch_size(cursor)
+            cursor = self._next(cursor)
+        return cursor, samples
+
     def turns(self, start: Cursor) -> Iterator[list[_Sample]]:
         """The samples of every micro-batch of this rank that is not empty, from `start` on."""
         for cursor in self._cursors(start):
@@ -116,10 +132,10 @@ class Loader:
                 if turn:
                     yield self._samples(cursor, turn)
 
-    def micro_spans(self, cursor: Cursor) -> list[range]:
-        """This rank's micro-batches, as ranges of position within the epoch."""
+    def micro_spans(self, cursor: Cursor, slot: int | None = None) -> list[range]:
+        """The micro-batches of rank `slot` (default: this one), as ranges of position within the epoch."""
         size = self._batch_size(cursor)
-        mine = spans(size, self._config.shares)[self._rank]
+        mine = spans(size, self._config.shares)[self._rank if slot is None else slot]
         first = cursor.step * self._config.batch_size + mine.start
         pieces = spans(len(mine), [1.0] * self._config.accumulate)
         return [range(first + piece.start, first + piece.stop) for piece in pieces]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ from shoal.engine.exchange import ReplicaExchange
 from shoal.engine.exchange.agreement import Verdict
 from shoal.engine.exchange.base import copied
 from shoal.engine.forward import Forward
+from shoal.engine.pace import InStep, OwnPace
 from shoal.engine.progress import Progress
 from shoal.engine.replicas import BufferAverage
 from shoal.engine.stopping import StopRule
@@ -50,6 +50,7 @@ class Crew:
     exchange: ReplicaExchange
     checkpoints: CheckpointSession
     validator: Validator | None
+    pace: InStep | OwnPace
     stop_rule: StopRule
     stop_request: StopRequest
     log: EventLog
@@ -63,6 +64,7 @@ class Loop:
         self._crew = crew
         self._average_buffers = BufferAverage(crew.parts.model, config.weight)
         self._clock = _Clock(progress.seconds)
+        self._free_at = time.perf_counter()
         self.progress = progress
 
     def run(self) -> str:
@@ -72,11 +74,12 @@ class Loop:
             NonFiniteLossError: a loss became NaN or infinite; that step was not applied.
             PeerLostError: another rank vanished.
         """
-        batches = self._crew.parts.loader.batches(self.progress.cursor)
         reason = self._crew.stop_rule.before_step(self.progress)
+        self._free_at = time.perf_counter()
         while reason is None:
-            stop = self._step(batches)
+            stop = self._crew.pace.round(self)
             reason = self._after_step(stop) or self._crew.stop_rule.before_step(self.progress)
+            self._free_at = time.perf_counter()
         self._finish()
         return reason
 
@@ -100,11 +103,13 @@ class Loop:
         self._crew.checkpoints.close()
         self._crew.exchange.close()
 
-    def _step(self, batches: Iterator[Batch]) -> bool:
-        crew, started = self._crew, time.perf_counter()
-        batch = next(batches)
-        loaded = time.perf_counter()
-        crew.exchange.begin(batch)
+    def take(self, batch: Batch, reached: Progress, clock: int) -> bool:
+        """One step: train on `batch`, which leads to `reached`; return whether the ranks agreed to stop.
+
+        `clock` is the number of the global batch that this is a part of.
+        """
+        crew, started, loaded = self._crew, self._free_at, time.perf_counter()
+        crew.exchange.begin(batch, clock)
         self._backward(batch)
         computed = time.perf_counter()
         verdict = crew.exchange.finish()
@@ -115,14 +120,15 @@ class Loop:
         rate = crew.parts.optimizer.param_groups[0]["lr"]
         self._update()
         ended = time.perf_counter()
-        self._advance(batch, verdict)
+        samples = reached.samples - self.progress.samples
+        self.progress = dataclasses.replace(reached, seconds=self._clock.seconds(), loss=verdict.loss)
         crew.log.write(
             "step",
             step=self.progress.step,
             epoch=batch.cursor.epoch,
             loss=verdict.loss,
             lr=float(rate),
-            samples=batch.size,
+            samples=samples,
             share=batch.share,
             step_s=ended - started,
             data_s=loaded - started,
@@ -131,6 +137,7 @@ class Loop:
             optimizer_s=ended - waited,
             bytes_sent=self._clock.lap_bytes(crew.exchange.bytes_sent),
         )
+        self._free_at = time.perf_counter()
         return verdict.stop
 
     def _backward(self, batch: Batch) -> None:
@@ -143,32 +150,23 @@ class Loop:
             part = loss * (count / denominator)
             total = total.to(part.device) + part.detach()
             if index == last:
-                exchange.before_last_backward(total, stop=self._wants_to_stop())
+                exchange.before_last_backward(total, stop=self.wants_to_stop())
             else:
                 exchange.before_backward()
             if part.requires_grad:  # samples that touch no trainable parameter add nothing; another rank's may
                 part.backward()
         if not batch.micro_batches:
-            exchange.before_last_backward(total, stop=self._wants_to_stop())
+            exchange.before_last_backward(total, stop=self.wants_to_stop())
 
     def _update(self) -> None:
         parts = self._crew.parts
         self._crew.exchange.install()
         self._crew.checkpoints.before_update()
-        parts.optimizer.step()
+        if self._crew.exchange.updates_here:
+            parts.optimizer.step()
         if parts.schedule is not None:
             parts.schedule.step()
         self._crew.exchange.release()
-
-    def _advance(self, batch: Batch, verdict: Verdict) -> None:
-        self.progress = dataclasses.replace(
-            self.progress,
-            step=self.progress.step + 1,
-            cursor=batch.after,
-            samples=self.progress.samples + batch.size,
-            seconds=self._clock.seconds(),
-            loss=verdict.loss,
-        )
 
     def _check_finite(self, verdict: Verdict) -> None:
         if verdict.non_finite_ranks:
@@ -178,7 +176,11 @@ class Loop:
                 f"and {self._crew.checkpoints.last_good()}. Try a lower learning rate, a warm-up, or compute.clip_norm"
             )
 
-    def _wants_to_stop(self) -> bool:
+    def settle(self) -> None:
+        """Wait until everything that this rank has told others is known to them."""
+        self._crew.exchange.settle()
+
+    def wants_to_stop(self) -> bool:
         timed_out = self._config.rank == 0 and self._crew.stop_rule.out_of_time(self._clock.seconds())
         return timed_out or bool(self._crew.stop_request)
 

@@ -23,8 +23,10 @@ from shoal._version import __version__
 from shoal.engine import build, control
 from shoal.engine.checkpoint.archive import Archive
 from shoal.engine.checkpoint.session import CheckpointSession
+from shoal.engine.exchange import ReplicaExchange
 from shoal.engine.forward import Forward
 from shoal.engine.loop import Crew, Loop, LoopConfig, restore, restore_private
+from shoal.engine.pace import InStep, OwnPace
 from shoal.engine.progress import Progress
 from shoal.engine.replicas import make_equal
 from shoal.engine.stopping import StopRule
@@ -112,6 +114,7 @@ def _assemble(context: _Context, job: Job, stop_request: control.StopRequest, *,
         exchange=exchange,
         checkpoints=checkpoints,
         validator=_validator(plan, job, parts, forward, topology),
+        pace=_pace(plan, parts, exchange, context, progress),
         stop_rule=StopRule(plan.stop),
         stop_request=stop_request,
         log=log,
@@ -129,6 +132,16 @@ def _loop_config(plan: Plan, rank: int) -> LoopConfig:
         checkpoint_every=plan.checkpoint.every,
         keep_best=plan.checkpoint.best,
     )
+
+
+def _pace(
+    plan: Plan, parts: build.Parts, exchange: ReplicaExchange, context: _Context, progress: Progress
+) -> InStep | OwnPace:
+    if not exchange.asynchronous:
+        return InStep(parts.loader, progress)
+    store = context.membership.store.clone()  # type: ignore[attr-defined]  # a client waits with its lock held
+    periods = (plan.validation.every if parts.validation is not None else 0, plan.checkpoint.every)
+    return OwnPace(store, parts.loader, context.topology.world_size, periods, plan.stop.steps)
 
 
 def _validator(plan: Plan, job: Job, parts: build.Parts, forward: Forward, topology: Topology) -> Validator | None:

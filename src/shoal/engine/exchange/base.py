@@ -46,9 +46,13 @@ class ReplicaExchange(Protocol):
     """Keeps one rank's replica in agreement with the others.
 
     Attributes:
+        asynchronous: ranks go at their own pace, and meet only now and then.
+        updates_here: this rank's optimizer takes the steps; otherwise servers' do.
         replicas_equal: between steps every rank holds the same parameters and optimizer state.
     """
 
+    asynchronous: bool
+    updates_here: bool
     replicas_equal: bool
 
     @property
@@ -58,8 +62,8 @@ class ReplicaExchange(Protocol):
     def denominator(self, batch: Batch) -> float:
         """What a sum of this rank's sample losses is divided by before backward."""
 
-    def begin(self, batch: Batch) -> None:
-        """A new step."""
+    def begin(self, batch: Batch, clock: int) -> None:
+        """A new step, on a part of the global batch number `clock`."""
 
     def before_backward(self) -> None:
         """Call before each micro-batch's backward."""
@@ -90,6 +94,9 @@ class ReplicaExchange(Protocol):
 
     def consensus(self) -> AbstractContextManager[None]:
         """While it lasts the model holds what all ranks agree on. Collective."""
+
+    def settle(self) -> None:
+        """Before a meeting: wait until everything that this rank has told others is known to them."""
 
     def conclude(self) -> bool:
         """Training ends: make all replicas equal; return whether that changed the model. Collective."""

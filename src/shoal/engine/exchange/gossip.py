@@ -30,6 +30,8 @@ _BYTES_PER_MB = 1_000_000
 class GossipExchange:
     """Runs `GossipSync` once a step (D-PSGD)."""
 
+    asynchronous = False
+    updates_here = True
     replicas_equal = False
 
     def __init__(self, wiring: Wiring, sync: GossipSync, coder: Coder | None) -> None:
@@ -57,7 +59,7 @@ class GossipExchange:
         """The mean share: the mean of all ranks' gradients is then the mean over the global batch."""
         return batch.size / self._world_size
 
-    def begin(self, batch: Batch) -> None:
+    def begin(self, batch: Batch, clock: int) -> None:
         """Start to mix the parameters as they are now."""
         clear_gradients(self._wiring.model)
         self._weight = batch.share / batch.size
@@ -139,6 +141,9 @@ class GossipExchange:
         self._sync.load_state_dict(state["told"])
         if self._coder is not None and state["coder"] is not None:
             self._coder.load_state_dict(state["coder"])
+
+    def settle(self) -> None:
+        """Nothing is under way between meetings."""
 
     def close(self) -> None:
         """End the communication threads and their transports."""

@@ -28,6 +28,8 @@ _BYTES_PER_MB = 1_000_000
 class GradientExchange:
     """Runs `AllReduceSync`."""
 
+    asynchronous = False
+    updates_here = True
     replicas_equal = True
 
     def __init__(self, wiring: Wiring, sync: AllReduceSync, coder: Coder | None) -> None:
@@ -54,7 +56,7 @@ class GradientExchange:
         """The samples of all ranks: the sum of the gradients is then the mean over the global batch."""
         return batch.size
 
-    def begin(self, batch: Batch) -> None:
+    def begin(self, batch: Batch, clock: int) -> None:
         """A new step."""
         self._buckets.begin()
 
@@ -117,6 +119,9 @@ class GradientExchange:
         """Go on from `state_dict`'s value."""
         if self._coder is not None and state:
             self._coder.load_state_dict(state["coder"])
+
+    def settle(self) -> None:
+        """Nothing is under way between meetings."""
 
     def close(self) -> None:
         """End the communication threads and their transports."""

@@ -62,6 +62,8 @@ class _Fragment:
 class LocalExchange:
     """Runs `LocalSync`."""
 
+    asynchronous = False
+    updates_here = True
     replicas_equal = False
 
     def __init__(self, wiring: Wiring, sync: LocalSync, coder: Coder | None) -> None:
@@ -93,7 +95,7 @@ class LocalExchange:
         """This rank's own samples: it trains by itself."""
         return max(batch.share, 1)
 
-    def begin(self, batch: Batch) -> None:
+    def begin(self, batch: Batch, clock: int) -> None:
         """Count the samples, which are the weights of the next averages."""
         clear_gradients(self._wiring.model)
         self._weight = batch.share / batch.size
@@ -194,6 +196,9 @@ class LocalExchange:
             fragment.arrived = arrived
         if self._coder is not None and state["coder"] is not None:
             self._coder.load_state_dict(state["coder"])
+
+    def settle(self) -> None:
+        """Nothing is under way between meetings."""
 
     def close(self) -> None:
         """End the communication threads and their transports."""
