@@ -16,7 +16,7 @@ from shoal._version import __version__
 
 if TYPE_CHECKING:
     from shoal.errors import MissingExtra, ShoalError
-    from shoal.job import Job, decay_groups, warmup
+    from shoal.job import Job, SparseTable, decay_groups, warmup
     from shoal.plan import Plan, load_plan
     from shoal.training import Result, train
 
@@ -26,6 +26,7 @@ _HOME = {
     "Plan": "shoal.plan",
     "Result": "shoal.training",
     "ShoalError": "shoal.errors",
+    "SparseTable": "shoal.job",
     "decay_groups": "shoal.job",
     "load_plan": "shoal.plan",
     "train": "shoal.training",
@@ -38,6 +39,7 @@ __all__ = [
     "Plan",
     "Result",
     "ShoalError",
+    "SparseTable",
     "__version__",
     "decay_groups",
     "load_plan",

@@ -2,5 +2,6 @@
 
 from shoal.job.job import Job
 from shoal.job.recipes import decay_groups, warmup
+from shoal.job.sparse_table import SparseTable
 
-__all__ = ["Job", "decay_groups", "warmup"]
+__all__ = ["Job", "SparseTable", "decay_groups", "warmup"]

@@ -105,7 +105,8 @@ class SparseRows:
 
     def read(self, ids: Tensor) -> Tensor:
         """A copy of the rows of `ids`, shape (n, dim); rows not used before are made. `ids` are not checked."""
-        return self._values.index_select(0, self._slots(ids))
+        slots = self._slots(ids)  # first: it may move the values
+        return self._values.index_select(0, slots)
 
     def apply(self, ids: Tensor, gradients: Tensor) -> None:
         """One step on the rows of `ids`, shape (n,), with `gradients`, shape (n, dim), summed over repeated ids."""

@@ -4,8 +4,10 @@ A model's pieces (`strategy.sync.sharding`) lie on servers, each with its own op
 decided by one state machine a key (`strategy.sync.staleness`); bytes travel by `wire.bulk`.
 """
 
-from shoal.servers.client import ClientConfig, ServerClient
+from shoal.servers.client import ServerClient
+from shoal.servers.connections import ClientConfig
+from shoal.servers.remote_table import RemoteTable
 from shoal.servers.requests import Pending
 from shoal.servers.server import Server, ServerConfig
 
-__all__ = ["ClientConfig", "Pending", "Server", "ServerClient", "ServerConfig"]
+__all__ = ["ClientConfig", "Pending", "RemoteTable", "Server", "ServerClient", "ServerConfig"]

@@ -9,53 +9,22 @@ from __future__ import annotations
 
 import functools
 import itertools
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import zmq
 from torch import Tensor
 
-from shoal.errors import ServerLostError, ServerRefusedError, WireError
 from shoal.job.sparse_rows import TableSpec
 from shoal.ops import Pull, Push, ServerOp
+from shoal.servers.connections import ClientConfig, Connections, Log
 from shoal.servers.requests import Pending, Request
 from shoal.servers.routing import Routing
 from shoal.strategy.sync.sharding import PIECE_BYTES, Piece
-from shoal.wire.bulk import MAX_MESSAGE_BYTES, Link
 from shoal.wire.frame import Header, Message, Operation, text
-from shoal.wire.secrets import Secrets
 
-_TICK_S = 0.05
 _MAX_KEYS = 256  # a message
 _NOTHING = torch.empty(0, dtype=torch.uint8)
-Log = Callable[..., None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClientConfig:
-    """One worker's connections.
-
-    Attributes:
-        addresses: of all servers, in order.
-        rank: this worker's global rank.
-        secrets: the servers' keys, or None if they have none.
-        connect_timeout_s: a server that was never reached for this long is lost.
-        lost_after_s: a server whose connection broke and did not come back for this long is lost.
-        timeout_s: how long a result waits. In bsp and ssp that covers waiting for the slowest worker.
-        replicate: whether sparse tables have replicas; for dense pieces, the pieces say it.
-    """
-
-    addresses: tuple[str, ...]
-    rank: int
-    secrets: Secrets | None = None
-    connect_timeout_s: float = 30.0
-    lost_after_s: float = 3.0
-    timeout_s: float = 600.0
-    replicate: bool = False
-    max_message_bytes: int = MAX_MESSAGE_BYTES
 
 
 class ServerClient:
@@ -76,29 +45,19 @@ class ServerClient:
         """
         self._config = config
         self._routing = Routing(pieces, len(config.addresses), replicate=config.replicate)
-        self._log = log
-        self._context = zmq.Context()
-        self._started = time.monotonic()
-        self._links = {
-            index: Link(
-                self._context,
-                index,
-                address,
-                secrets=config.secrets,
-                max_message_bytes=config.max_message_bytes,
-            )
-            for index, address in enumerate(config.addresses)
-        }
-        self._poller = zmq.Poller()
-        for link in self._links.values():
-            self._poller.register(link.socket, zmq.POLLIN)
-            self._poller.register(link.monitor, zmq.POLLIN)
-        self._moved: dict[int, str] = {}  # servers not to ask any more -> why
-        self._open: dict[int, Request] = {}
+        self._connections = Connections(config, log)
         self._numbers = itertools.count(1)
         self._sequences = itertools.count(1)
-        self.bytes_sent = 0
-        self.bytes_received = 0
+
+    @property
+    def bytes_sent(self) -> int:
+        """Payload bytes sent so far, repeats included."""
+        return self._connections.bytes_sent
+
+    @property
+    def bytes_received(self) -> int:
+        """Payload bytes of answers so far."""
+        return self._connections.bytes_received
 
     def perform(self, op: ServerOp) -> Any:
         """Carry out a `Push` or a `Pull` and wait for its result.
@@ -122,7 +81,7 @@ class ServerClient:
         for piece in self._routing.pieces_of(tensors):
             value = self._routing.cut(piece, tensors[piece.parameter])
             requests += self._loads(piece.key, (piece.primary, piece.replica), "dense", clock, {"value": value})
-        self._submit(requests).result()
+        self._connections.submit(requests).result()
 
     def create_table(self, name: str, spec: TableSpec, *, clock: int = 0) -> None:
         """Create an empty sparse table on all servers and wait. One worker does it; the others call `know_table`."""
@@ -132,7 +91,7 @@ class ServerClient:
             key, holders = self._routing.table_shard(name, server)
             pair = (holders[0], holders[1] if len(holders) > 1 else None)
             requests += self._loads(key, pair, "table", clock, {}, table=spec.document())
-        self._submit(requests).result()
+        self._connections.submit(requests).result()
 
     def know_table(self, name: str, spec: TableSpec) -> None:
         """Say what a table is that another worker has created."""
@@ -153,7 +112,7 @@ class ServerClient:
             parts = [(piece.key, self._routing.cut(piece, tensors[piece.parameter])) for piece in group]
             header = self._header(Operation.PUSH, clock, sequence=next(self._sequences))
             requests.append(Request(header, parts, self._routing.holders(group[0]), f"the push of {_names(group)}"))
-        return self._submit(requests)
+        return self._connections.submit(requests)
 
     def pull(
         self, names: Sequence[str], clock: int, into: Mapping[str, Tensor] | None = None
@@ -178,7 +137,7 @@ class ServerClient:
             )
             request.arrived = functools.partial(_place, group, self._routing.num_rows, result)
             requests.append(request)
-        return self._submit(requests, lambda: {name: result[name] for name in names})
+        return self._connections.submit(requests, lambda: {name: result[name] for name in names})
 
     def push_rows(self, table: str, ids: Tensor, gradients: Tensor, clock: int) -> Pending[None]:
         """Send the gradients of some rows of a table; ids must be distinct (`SparseTable.collect` makes them so).
@@ -197,7 +156,7 @@ class ServerClient:
             parts = [("ids", ids if places is None else ids[places]), (key, rows.contiguous())]
             header = self._header(Operation.PUSH_ROWS, clock, sequence=sequence)
             requests.append(Request(header, parts, holders, f"the push of {ids.numel()} rows of {table}"))
-        return self._submit(requests)
+        return self._connections.submit(requests)
 
     def pull_rows(self, table: str, ids: Tensor, clock: int) -> Pending[Tensor]:
         """Fetch rows of a table, shape (n, dim), in the order of `ids`, int64 of shape (n,); repeated ids may occur."""
@@ -220,7 +179,7 @@ class ServerClient:
             )
             request.arrived = functools.partial(_place_rows, result, places)
             requests.append(request)
-        return self._submit(requests, lambda: result[0])
+        return self._connections.submit(requests, lambda: result[0])
 
     def leave(self) -> None:
         """Tell all servers that this worker pushes no more, so that bsp and ssp do not wait for it."""
@@ -246,7 +205,7 @@ class ServerClient:
             request = Request(self._header(Operation.DUMP, 0), [(key, _NOTHING)], holders, f"the state of {key}")
             request.arrived = functools.partial(_place_dump, key, result)
             requests.append(request)
-        self._submit(requests).result()
+        self._connections.submit(requests).result()
         return result
 
     def restore(self, state: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Tensor]]], *, clock: int) -> None:
@@ -262,14 +221,11 @@ class ServerClient:
             requests += self._loads(
                 key, pair, document["kind"], clock, tensors, table=document.get("table"), state=document["state"]
             )
-        self._submit(requests).result()
+        self._connections.submit(requests).result()
 
     def close(self) -> None:
         """Close all connections; what is under way is lost."""
-        for link in self._links.values():
-            link.close()
-        self._links.clear()
-        self._context.term()
+        self._connections.close()
 
     def _loads(
         self,
@@ -283,10 +239,10 @@ class ServerClient:
         requests = []
         primary, replica = holders
         for server in (primary, replica):
-            if server is None or server in self._moved:
+            if server is None or server in self._connections.lost:
                 continue
             document = {"key": key, "kind": kind, "clock": clock, **more}
-            alone = replica is None or {primary, replica} & self._moved.keys()
+            alone = replica is None or {primary, replica} & self._connections.lost.keys()
             document |= {"primary": server == primary or bool(alone)}
             document |= {"replica": replica if server == primary and not alone else None}
             parts = [("document", text(document)), *((name, item.contiguous()) for name, item in tensors.items())]
@@ -294,99 +250,12 @@ class ServerClient:
         return requests
 
     def _header(self, operation: Operation, clock: int, sequence: int = 0) -> Header:
-        oldest = min((r.header.sequence for r in self._open.values() if r.header.sequence), default=sequence)
+        oldest = self._connections.oldest_sequence(sequence)
         return Header(operation, next(self._numbers), self._config.rank, clock, sequence, oldest)
 
-    def _submit(self, requests: Sequence[Request], finish: Callable[[], Any] = lambda: None) -> Pending[Any]:
-        for request in requests:
-            self._open[request.header.request] = request
-            self._send(request)
-        return Pending(requests, self._pump, finish, self._config.timeout_s)
-
-    def _send(self, request: Request) -> None:
-        """To the first holder that is not lost."""
-        alive = [server for server in request.holders if server not in self._moved]
-        if not alive:
-            reasons = "; ".join(dict.fromkeys(self._moved[server] for server in request.holders))
-            self._fail(request, ServerLostError(f"{request.what} failed: {reasons}; no other server holds it"))
-            return
-        request.server = alive[0]
-        self.bytes_sent += self._links[request.server].send(request.header, request.tensors)
-
-    def _pump(self, timeout_s: float) -> None:
-        """Take what has come, for at most `timeout_s` (or less), and see to lost servers."""
-        self._poller.poll(int(min(timeout_s, _TICK_S) * 1000))
-        for link in list(self._links.values()):
-            while link.index in self._links and (answer := link.receive()) is not None:
-                self._take(link, answer)
-            if link.index in self._links and link.read_events():
-                self._ask_again(link.index)
-        self._check_links()
-
-    def _take(self, link: Link, answer: Message) -> None:
-        request = self._open.get(answer.header.request)
-        if request is None or request.server != link.index:
-            return  # of an earlier connection
-        match answer.header.operation:
-            case Operation.DONE:
-                self.bytes_received += sum(entry.size_bytes for entry in answer.entries)
-                if request.arrived is not None:
-                    request.arrived(answer)
-                request.answer = answer
-                del self._open[answer.header.request]
-            case Operation.REFUSED:
-                where = f"server {link.index} at {link.address}"
-                self._fail(request, ServerRefusedError(f"{where} refused {request.what}: {answer.document()}"))
-            case Operation.MOVED:
-                self._lose(link.index, f"server {link.index} at {link.address} was replaced by its replicas")
-
-    def _check_links(self) -> None:
-        config = self._config
-        for link in list(self._links.values()):
-            if link.connected:
-                continue
-            where = f"server {link.index} at {link.address}"
-            if link.refused:
-                self._refused(link, where)
-            elif not link.ever_connected and link.down_s > config.connect_timeout_s:
-                reason = f"{where} could not be reached for {link.down_s:.1f} s: is it running, and is the port open?"
-                self._lose(link.index, reason)
-            elif link.ever_connected and link.down_s > config.lost_after_s:
-                self._lose(link.index, f"{where} was lost: its connection broke {link.down_s:.1f} s ago and stayed so")
-
-    def _refused(self, link: Link, where: str) -> None:
-        keys = "this worker's keys" if self._config.secrets else "this worker, which has no keys"
-        error = ServerRefusedError(
-            f"{where} does not accept {keys} ({link.refusals} handshakes failed in "
-            f"{time.monotonic() - self._started:.1f} s): use the secrets file that the servers were started with"
-        )
-        for request in [request for request in self._open.values() if request.server == link.index]:
-            self._fail(request, error)
-
-    def _lose(self, index: int, reason: str) -> None:
-        if index in self._moved:
-            return
-        self._moved[index] = reason
-        link = self._links.pop(index)
-        self._poller.unregister(link.socket)
-        self._poller.unregister(link.monitor)
-        link.close()
-        self._log("server_lost", server=index, message=reason)
-        for request in [request for request in self._open.values() if request.server == index]:
-            self._send(request)
-
-    def _ask_again(self, index: int) -> None:
-        for request in self._open.values():
-            if request.server == index:
-                self.bytes_sent += self._links[index].send(request.header, request.tensors)
-
-    def _fail(self, request: Request, error: WireError) -> None:
-        request.error = error
-        self._open.pop(request.header.request, None)
-
     def _ask_all(self, operation: Operation, what: str) -> dict[int, Message]:
-        requests = {index: Request(self._header(operation, 0), (), (index,), what) for index in self._links}
-        self._submit(list(requests.values())).result()
+        requests = {index: Request(self._header(operation, 0), (), (index,), what) for index in self._connections.alive}
+        self._connections.submit(list(requests.values())).result()
         return {index: request.answer for index, request in requests.items() if request.answer is not None}
 
 

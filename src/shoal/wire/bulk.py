@@ -175,6 +175,8 @@ class Link:
                 made_anew |= self.ever_connected
                 self.connected = self.ever_connected = True
                 self.refusals = 0
+            elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+                self.refusals += _REFUSALS  # the server has said so itself, and ZeroMQ does not try again
             elif event in _FAILED_HANDSHAKES:
                 self.refusals += 1
             elif event == zmq.EVENT_DISCONNECTED:
