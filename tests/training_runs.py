@@ -13,7 +13,7 @@ from shoal.events import Event, read_events
 from shoal.job.target import resolve
 from shoal.launch.placement import Placement, Seating
 from shoal.launch.supervisor import Supervisor
-from shoal.plan import dump_plan, parse_plan, plan_hash, resolve_plan
+from shoal.plan import dump_plan, num_servers, parse_plan, plan_hash, resolve_plan
 from shoal.run import Run, open_run, write_atomic
 
 
@@ -35,7 +35,7 @@ def train_on(
     run = open_run(folder, target.short_name, resume=resume)
     write_atomic(run.plan, dump_plan(resolved).encode())
     run.write_info({"job": target.name, "arguments": dict(target.arguments), "plan_hash": plan_hash(resolved)})
-    Supervisor(seat(nodes), run, resume=resume, watch=_ignore, notice=_ignore).run()
+    Supervisor(seat(nodes), run, resume=resume, num_servers=num_servers(resolved), watch=_ignore, notice=_ignore).run()
     return run
 
 

@@ -22,7 +22,7 @@ from shoal.launch import local
 from shoal.launch.lab.lab import Lab
 from shoal.launch.placement import Seating
 from shoal.launch.supervisor import Supervisor
-from shoal.plan import Plan, check_resumable, dump_plan, load_plan, plan_hash, resolve_plan, with_flags
+from shoal.plan import Plan, num_servers, check_resumable, dump_plan, load_plan, plan_hash, resolve_plan, with_flags
 from shoal.run import Run, open_run, write_atomic
 
 
@@ -124,7 +124,7 @@ def execute(
     if resume:
         fold(_past(run), history)
     with _seating(where, cluster, world_size) as seating:
-        Supervisor(seating, run, resume=resume, watch=watch, notice=notice).run()
+        Supervisor(seating, run, resume=resume, num_servers=num_servers(resolved), watch=watch, notice=notice).run()
     write_report(run)
     return Result(run.path, summary(read_history(run), str(run.path)))
 

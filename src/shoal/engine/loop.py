@@ -162,8 +162,7 @@ class Loop:
         parts = self._crew.parts
         self._crew.exchange.install()
         self._crew.checkpoints.before_update()
-        if self._crew.exchange.updates_here:
-            parts.optimizer.step()
+        parts.optimizer.step()
         if parts.schedule is not None:
             parts.schedule.step()
         self._crew.exchange.release()

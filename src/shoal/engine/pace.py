@@ -2,8 +2,8 @@
 
 In step, every rank takes its share of every global batch. At their own pace, ranks lease parts of global batches one
 after the other, whoever is ready first: so a slow rank trains on fewer samples and holds nobody up, and yet every
-sample is used once. They meet where all have to look at the same model: before a validation, a checkpoint, an epoch's end, and
-the end.
+sample is used once. They meet where all have to look at the same model: before a validation, a checkpoint, an epoch's
+end, and the end.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def _work(run: Run, identity: Identity, log: EventLog, *, resume: bool) -> None:
     logging.captureWarnings(True)
     stop_request = control.listen(os.environ)
     plan = load_plan(run.plan)
-    target = _target(run)
+    target = target_of_run(run)
     membership = join(identity, _fingerprint(plan, target))
     topology = Topology(identity.rank, membership.nodes)
     device = build.choose_device(plan.compute, topology)
@@ -164,7 +164,12 @@ def _validator(plan: Plan, job: Job, parts: build.Parts, forward: Forward, topol
     )
 
 
-def _target(run: Run) -> Target:
+def target_of_run(run: Run) -> Target:
+    """The job that a run trains, with its arguments.
+
+    Raises:
+        RunError: the run directory does not say.
+    """
     info = run.read_info()
     try:
         name = str(info["job"])

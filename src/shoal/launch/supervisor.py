@@ -47,23 +47,28 @@ class Supervisor:
         run: Run,
         *,
         resume: bool,
+        num_servers: int = 0,
         watch: Callable[[list[Event]], None],
         notice: Callable[[str], None],
     ) -> None:
         """Prepare; `run` starts the processes.
 
         Args:
+            num_servers: parameter servers to start beside the workers.
             watch: is given new events a few times a second, and once at the end.
             notice: is given sentences for the person at the terminal.
         """
         self._seating = seating
         self._run = run
         self._resume = resume
+        self._num_servers = num_servers
         self._watch = watch
         self._notice = notice
         self._workers: list[_Worker] = []
+        self._servers: list[subprocess.Popen[bytes]] = []  # their end is the workers' business, which know replicas
         self._failed: dict[int, int] = {}  # rank -> exit code, of those that ended badly by themselves, first to last
         self._interrupts = 0
+        self._since = 0.0
 
     def run(self) -> None:
         """Start every worker and wait for all.
@@ -73,7 +78,7 @@ class Supervisor:
             RendezvousError: the port to meet at is taken.
             KeyboardInterrupt: a second Ctrl-C; all workers have been killed.
         """
-        started = time.time()
+        self._since = time.time()
         reader = EventReader(self._run.events)
         reader.poll()  # a resumed run's past
         handlers = self._take_signals()
@@ -83,7 +88,7 @@ class Supervisor:
                 self._follow(reader, log)
                 self._watch(reader.poll())
             if self._failed:
-                raise explain(self._run, self._failed, since=started)
+                raise explain(self._run, self._failed, since=self._since)
         finally:
             self._kill()
             for number, handler in handlers.items():
@@ -95,17 +100,30 @@ class Supervisor:
             port = listener.getsockname()[1] if listener else self._seating.port
             for placement in self._seating.placements:
                 self._workers.append(self._spawn(placement, port, listener))
+            for index in range(self._num_servers):
+                placement = self._seating.placements[index % len(self._seating.placements)]
+                self._servers.append(self._spawn_server(index, placement, port))
         finally:
             if listener is not None:
                 listener.close()
 
     def _spawn(self, placement: Placement, port: int, listener: socket.socket | None) -> _Worker:
         handed = listener.fileno() if listener is not None and placement.rank == 0 else None
-        env = {
+        env = self._env(placement, port)
+        env |= {"RANK": str(placement.rank), "LOCAL_RANK": str(placement.local_rank)}
+        env |= {"SHOAL_LISTEN_FD": str(handed)} if handed is not None else {}
+        command = [*placement.prefix, sys.executable, "-m", "shoal.engine.worker", str(self._run.path)]
+        command += ["--resume"] if self._resume else []
+        return _Worker(placement, self._open(command, env, f"rank-{placement.rank}", handed))
+
+    def _spawn_server(self, index: int, placement: Placement, port: int) -> subprocess.Popen[bytes]:
+        command = [*placement.prefix, sys.executable, "-m", "shoal.engine.server", str(self._run.path), str(index)]
+        return self._open(command, self._env(placement, port), f"server-{index}", None)
+
+    def _env(self, placement: Placement, port: int) -> dict[str, str]:
+        return {
             **os.environ,
-            "RANK": str(placement.rank),
             "WORLD_SIZE": str(len(self._seating.placements)),
-            "LOCAL_RANK": str(placement.local_rank),
             "MASTER_ADDR": self._seating.address,
             "MASTER_PORT": str(port),
             "SHOAL_NODE": placement.node,
@@ -113,11 +131,10 @@ class Supervisor:
             "PYTHONUNBUFFERED": "1",
             **placement.env,
         }
-        env |= {"SHOAL_LISTEN_FD": str(handed)} if handed is not None else {}
-        command = [*placement.prefix, sys.executable, "-m", "shoal.engine.worker", str(self._run.path)]
-        command += ["--resume"] if self._resume else []
-        with (self._run.logs / f"rank-{placement.rank}.log").open("ab") as output:
-            process = subprocess.Popen(
+
+    def _open(self, command: list[str], env: dict[str, str], name: str, handed: int | None) -> subprocess.Popen[bytes]:
+        with (self._run.logs / f"{name}.log").open("ab") as output:
+            return subprocess.Popen(
                 command,
                 env=env,
                 stdin=subprocess.PIPE,
@@ -126,7 +143,6 @@ class Supervisor:
                 start_new_session=True,
                 pass_fds=(handed,) if handed is not None else (),
             )
-        return _Worker(placement, process)
 
     def _follow(self, reader: EventReader, log: EventLog) -> None:
         deadline: float | None = None
@@ -143,10 +159,16 @@ class Supervisor:
                 return
             if self._interrupts > 1:
                 raise KeyboardInterrupt
+            self._check_servers()
             if deadline is not None and time.monotonic() > deadline:
                 self._kill()
             self._watch(reader.poll())
             time.sleep(_POLL_S)
+
+    def _check_servers(self) -> None:
+        """A server that was killed is its replica's and the workers' business; one that failed by itself is not."""
+        if any(server.poll() == 1 for server in self._servers):
+            raise explain(self._run, {}, since=self._since)
 
     def _take_signals(self) -> dict[int, Any]:
         """Ctrl-C, SIGTERM and a closed terminal ask for a clean stop, a second time for an immediate one."""
@@ -173,6 +195,12 @@ class Supervisor:
             _kill_group(worker.process.pid)  # a data loader's process, say, whose parent is gone
             if worker.process.stdin is not None:
                 worker.process.stdin.close()
+        for server in self._servers:
+            if server.poll() is None:
+                _kill_group(server.pid)
+            server.wait()
+            if server.stdin is not None:
+                server.stdin.close()
 
 
 def _listen(seating: Seating) -> socket.socket:

@@ -1,6 +1,25 @@
 """The plan: how a job is trained, as plain data that can be read, checked, stored and replayed."""
 
-from shoal.plan.resolve import check_resumable, dump_plan, load_plan, parse_plan, plan_hash, resolve_plan, with_flags
+from shoal.plan.resolve import (
+    check_resumable,
+    dump_plan,
+    load_plan,
+    num_servers,
+    parse_plan,
+    plan_hash,
+    resolve_plan,
+    with_flags,
+)
 from shoal.plan.schema import Plan
 
-__all__ = ["Plan", "check_resumable", "dump_plan", "load_plan", "parse_plan", "plan_hash", "resolve_plan", "with_flags"]
+__all__ = [
+    "Plan",
+    "check_resumable",
+    "dump_plan",
+    "load_plan",
+    "num_servers",
+    "parse_plan",
+    "plan_hash",
+    "resolve_plan",
+    "with_flags",
+]

@@ -55,8 +55,8 @@ def _check_local(plan: Plan, _: int) -> None:
         )
     if sync.overlap != "auto" and sync.overlap > sync.every:
         raise PlanError(
-            f"sync.overlap is {sync.overlap}, more than sync.every {sync.every}: a fragment would leave again before it "
-            f"is merged; set overlap to at most {sync.every}"
+            f"sync.overlap is {sync.overlap}, more than sync.every {sync.every}: a fragment would leave again before "
+            f"it is merged; set overlap to at most {sync.every}"
         )
 
 

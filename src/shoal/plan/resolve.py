@@ -17,6 +17,7 @@ from shoal.errors import PlanError
 from shoal.plan import capability
 from shoal.plan.schema import Plan, StopConfig
 from shoal.plan.until import Until
+from shoal.strategy.sync.parameter_server import ParameterServerConfig
 
 
 def load_plan(path: Path) -> Plan:
@@ -76,6 +77,11 @@ def dump_plan(plan: Plan) -> str:
 def plan_hash(plan: Plan) -> str:
     """Twelve hexadecimal digits that name a resolved plan."""
     return hashlib.sha256(dump_plan(plan).encode()).hexdigest()[:12]
+
+
+def num_servers(plan: Plan) -> int:
+    """How many parameter servers a plan wants beside its workers."""
+    return plan.sync.servers if isinstance(plan.sync, ParameterServerConfig) else 0
 
 
 def check_resumable(before: Plan, now: Plan) -> None:

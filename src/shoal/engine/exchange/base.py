@@ -47,12 +47,10 @@ class ReplicaExchange(Protocol):
 
     Attributes:
         asynchronous: ranks go at their own pace, and meet only now and then.
-        updates_here: this rank's optimizer takes the steps; otherwise servers' do.
         replicas_equal: between steps every rank holds the same parameters and optimizer state.
     """
 
     asynchronous: bool
-    updates_here: bool
     replicas_equal: bool
 
     @property

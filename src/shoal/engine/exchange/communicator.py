@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from shoal.ops import Exchange
+from shoal.wire.traffic import Traffic, total
 from shoal.wire.transport import Transport
 
 
@@ -42,9 +43,14 @@ class Lane:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @property
+    def traffic(self) -> Traffic:
+        """What this rank has put on the network so far."""
+        return total(transport.traffic for transport in self.transports.values())
+
+    @property
     def bytes_sent(self) -> int:
         """Payload bytes that this rank has put on the network so far."""
-        return sum(transport.bytes_sent for transport in self.transports.values())
+        return self.traffic.bytes_sent
 
     def submit(self, exchange: Exchange) -> Future[Any]:
         """Queue an exchange behind all that were submitted before; give the future to `wait`."""

@@ -31,7 +31,6 @@ class GossipExchange:
     """Runs `GossipSync` once a step (D-PSGD)."""
 
     asynchronous = False
-    updates_here = True
     replicas_equal = False
 
     def __init__(self, wiring: Wiring, sync: GossipSync, coder: Coder | None) -> None:

@@ -29,7 +29,6 @@ class GradientExchange:
     """Runs `AllReduceSync`."""
 
     asynchronous = False
-    updates_here = True
     replicas_equal = True
 
     def __init__(self, wiring: Wiring, sync: AllReduceSync, coder: Coder | None) -> None:

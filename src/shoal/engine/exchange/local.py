@@ -63,7 +63,6 @@ class LocalExchange:
     """Runs `LocalSync`."""
 
     asynchronous = False
-    updates_here = True
     replicas_equal = False
 
     def __init__(self, wiring: Wiring, sync: LocalSync, coder: Coder | None) -> None:

@@ -1,0 +1,208 @@
+"""A worker of parameter servers: pushes gradients and pulls values, in the background where the mode allows it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shoal.data.loader import Batch
+from shoal.engine.exchange import flat
+from shoal.engine.exchange.agreement import Agreement, Verdict
+from shoal.engine.exchange.base import Wiring, copied
+from shoal.engine.exchange.clipping import clear_gradients, clip_own, require_gradients
+from shoal.engine.exchange.communicator import Lane
+from shoal.engine.exchange.lagged import LaggedAgreement
+from shoal.ops import WORLD
+from shoal.servers import ClientConfig, Pending, ServerClient
+from shoal.strategy.codec.feedback import Coder
+from shoal.strategy.sync.parameter_server import ParameterServerSync, replicated
+from shoal.strategy.sync.sharding import assign
+from shoal.wire.collectives import sum_over_world
+from shoal.wire.secrets import load_secrets
+
+_PATIENCE = timedelta(seconds=120)
+
+
+class ServersExchange:
+    """Runs `ParameterServerSync`."""
+
+    replicas_equal = True
+
+    def __init__(self, wiring: Wiring, sync: ParameterServerSync, coder: Coder | None) -> None:
+        """Connect to the servers and put the model's values on them. Collective."""
+        self._wiring, self._config, self._coder = wiring, sync.config, coder
+        self.asynchronous = sync.config.mode == "async"
+        self._overlaps = sync.config.mode == "async" or (sync.config.mode == "ssp" and sync.config.staleness > 0)
+        [lane] = [Lane(transports, wiring.device) for transports in wiring.lanes]
+        self._lane = lane
+        self._rank, self._world_size = wiring.topology.rank, wiring.topology.world_size
+        allocate = lane.transports[WORLD].allocate
+        self._agreement = LaggedAgreement(Agreement(self._rank, self._world_size, allocate), lane, sync, self._rank)
+        self._parameters = dict(flat.trainable(wiring.model))
+        self._client = self._connect()
+        if self._rank == 0:
+            self._client.load({name: p.detach() for name, p in self._parameters.items()})
+        sum_over_world([0.0])
+        self._pushes: list[Pending[None]] = []
+        self._pull: Pending[dict[str, Tensor]] | None = None
+        self._fresh = True
+        self._clock = 0
+        self._step = 0
+        self._weight = 0.0
+        self._own_loss = torch.zeros(())
+
+    @property
+    def bytes_sent(self) -> int:
+        """Payload bytes that this rank has put on the network so far."""
+        return self._lane.bytes_sent + self._client.bytes_sent
+
+    def denominator(self, batch: Batch) -> float:
+        """In bsp all samples, since the servers sum; otherwise the mean share, since each update is one of its own."""
+        return batch.size / (1 if self._config.mode == "bsp" else self._world_size)
+
+    def begin(self, batch: Batch, clock: int) -> None:
+        """Take the values that were pulled; where the mode allows it, let the next ones come while this computes."""
+        clear_gradients(self._wiring.model)
+        self._weight, self._clock = batch.share / batch.size, clock
+        if not self._fresh:
+            self._take(self._pull or self._ask(clock))
+        self._fresh = False
+        self._pull = self._ask(clock + 1) if self._overlaps else None
+
+    def before_backward(self) -> None:
+        """Nothing is exchanged during backward."""
+
+    def before_last_backward(self, loss: Tensor, *, stop: bool) -> None:
+        """Take part in the agreement, if ranks go in step."""
+        total = loss if self._config.mode == "bsp" else loss / self._world_size
+        own = total / self._weight if self._weight else total
+        self._own_loss = own
+        if not self.asynchronous:
+            self._agreement.propose(self._step, own, total, stop=stop)
+
+    def finish(self) -> Verdict:
+        """Nothing to wait for."""
+        if not self.asynchronous:
+            return self._agreement.verdict()
+        loss = float(self._own_loss)
+        return Verdict(loss, [] if torch.isfinite(self._own_loss) else [self._rank], stop=False)
+
+    def clip(self, max_norm: float) -> float:
+        """Clip this rank's own gradient."""
+        return clip_own(self._wiring.model, max_norm)
+
+    def install(self) -> None:
+        """Push the gradients; the servers' optimizers take the step, and this rank's own finds none."""
+        if self._weight:
+            require_gradients(self._wiring.model)
+        self._settle_pushes(keep=1)
+        gradients = {
+            name: torch.zeros_like(p) if p.grad is None else p.grad.detach().cpu().contiguous()
+            for name, p in self._parameters.items()
+        }
+        clear_gradients(self._wiring.model)
+        self._pushes.append(self._client.push(gradients, self._clock))
+
+    def release(self) -> None:
+        """One more step."""
+        self._step += 1
+
+    @contextmanager
+    def consensus(self) -> Iterator[None]:
+        """The servers' values, when every update is in them. Collective."""
+        self._refresh()
+        yield
+
+    def settle(self) -> None:
+        """Wait until every push is acknowledged."""
+        self._settle_pushes(keep=0)
+
+    def conclude(self) -> bool:
+        """Take the final values. Collective."""
+        self._agreement.drain()
+        self._refresh()
+        return True
+
+    def model_state(self) -> dict[str, Any]:
+        """The model with the servers' values. Collective."""
+        self._refresh()
+        state: dict[str, Any] = self._wiring.model.state_dict()
+        return state
+
+    def state_dict(self) -> dict[str, Any]:
+        """On rank 0 all that the servers hold. Collective: nobody pushes meanwhile."""
+        self._refresh()
+        state: dict[str, Any] = {
+            "step": self._step,
+            "clock": self._clock + 1,
+            "coder": copied(self._coder.state_dict()) if self._coder else None,
+        }
+        if self._rank == 0:
+            state["servers"] = {key: list(held) for key, held in self._client.dump().items()}
+        sum_over_world([0.0])
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`'s value. Collective."""
+        self._step = state["step"]
+        if self._coder is not None and state["coder"] is not None:
+            self._coder.load_state_dict(state["coder"])
+        if self._rank == 0:
+            held = {key: (document, tensors) for key, (document, tensors) in state["servers"].items()}
+            self._client.restore(held, clock=state["clock"])
+        sum_over_world([0.0])
+        self._fresh = False
+        self._clock = state["clock"] - 1
+
+    def close(self) -> None:
+        """End the servers and the connections to them."""
+        if self._rank == 0:
+            self._client.stop_servers()
+        self._client.close()
+        self._lane.close()
+
+    def _connect(self) -> ServerClient:
+        keys = [f"server/{index}" for index in range(self._config.servers)]
+        self._wiring.store.wait(keys, _PATIENCE)
+        addresses = tuple(self._wiring.store.get(key).decode() for key in keys)
+        config = ClientConfig(
+            addresses=addresses,
+            rank=self._rank,
+            secrets=load_secrets(Path(self._config.secrets)) if self._config.secrets else None,
+            replicate=replicated(self._config),
+        )
+        shapes = {name: tuple(p.shape) for name, p in self._parameters.items()}
+        sizes = {name: p.element_size() for name, p in self._parameters.items()}
+        pieces = assign(shapes, sizes, self._config.servers, replicate=config.replicate)
+        return ServerClient(config, pieces, log=self._wiring.log.write)
+
+    def _ask(self, clock: int) -> Pending[dict[str, Tensor]]:
+        return self._client.pull(list(self._parameters), clock)
+
+    def _take(self, pull: Pending[dict[str, Tensor]]) -> None:
+        values = pull.result()
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(values[name])
+
+    def _settle_pushes(self, *, keep: int) -> None:
+        while len(self._pushes) > keep:
+            self._pushes.pop(0).result()
+
+    def _refresh(self) -> None:
+        """The same values on every rank: those after everybody's last push. Collective."""
+        if self._pull is not None:
+            self._pull.result()
+            self._pull = None
+        self.settle()
+        sum_over_world([0.0])
+        if self._step:
+            self._take(self._ask(self._clock + 1 if self._config.mode == "bsp" else 0))
+        sum_over_world([0.0])
+        self._fresh = True

@@ -1,0 +1,130 @@
+"""The process of one parameter server: `python -m shoal.engine.server RUN INDEX`, started by the launcher.
+
+It reads the job and the plan from the run directory, listens on its node's network, tells the workers where through
+their store, and serves until rank 0 ends it or its launcher goes away.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch.distributed as dist
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from shoal.engine import control
+from shoal.engine.worker import target_of_run
+from shoal.errors import RendezvousError, ShoalError, user_traceback
+from shoal.events import EventLog
+from shoal.job.job import Job
+from shoal.plan import Plan, load_plan
+from shoal.run import Run
+from shoal.servers import Server, ServerConfig
+from shoal.strategy.sync.parameter_server import ParameterServerConfig
+from shoal.wire.rendezvous import JOIN_TIMEOUT_S
+from shoal.wire.secrets import load_secrets
+
+
+def main() -> None:
+    """Run one server and end the process."""
+    run, index = Run(Path(sys.argv[1])), int(sys.argv[2])
+    with EventLog(run.events / f"server-{index}.jsonl", f"server-{index}") as log:
+        try:
+            control.listen(os.environ)
+            _serve(run, index, log)
+            code = 0
+        except BaseException as error:
+            print("".join(traceback.format_exception(error)), file=sys.stderr, flush=True)
+            trace = "" if isinstance(error, ShoalError) else user_traceback(error)
+            log.write("error", error=type(error).__name__, message=str(error), traceback=trace, symptom=False)
+            code = 1
+    os._exit(code)
+
+
+def _serve(run: Run, index: int, log: EventLog) -> None:
+    plan = load_plan(run.plan)
+    sync = plan.sync
+    assert isinstance(sync, ParameterServerConfig)
+    job = target_of_run(run).load()
+    world_size = int(os.environ["WORLD_SIZE"])
+    config = ServerConfig(
+        index=index,
+        workers=tuple(range(world_size)),
+        mode=sync.mode,
+        bound=sync.staleness,
+        address=f"tcp://{_own_address()}:*",
+        secrets=load_secrets(Path(sync.secrets)) if sync.secrets else None,
+    )
+    server = Server(config, job.optimizer, schedule=_schedule(job, plan, world_size), log=log.write)
+    store = _store()
+    store.set(f"server/{index}", server.address)
+    log.write("server_started", address=server.address, mode=sync.mode)
+    keys = [f"server/{other}" for other in range(sync.servers)]
+    store.wait(keys, timedelta(seconds=JOIN_TIMEOUT_S))
+    server.serve([store.get(key).decode() for key in keys])
+
+
+def _schedule(job: Job, plan: Plan, world_size: int) -> Any:
+    """The job's schedule, which counts steps of all workers: where each push is an update, one in `world_size`."""
+    if job.schedule is None:
+        return None
+    make = job.schedule
+    assert isinstance(plan.sync, ParameterServerConfig)
+    if plan.sync.mode == "bsp":
+        return make
+    return lambda optimizer: _EveryNth(optimizer, make(optimizer), world_size)
+
+
+class _EveryNth:
+    """A schedule that moves on with every n-th step only."""
+
+    def __init__(self, optimizer: Optimizer, schedule: LRScheduler, every: int) -> None:
+        self._schedule = schedule
+        self._every = every
+        self._count = 0
+
+    def step(self) -> None:
+        """One update."""
+        self._count += 1
+        if self._count % self._every == 0:
+            self._schedule.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that must survive a restart."""
+        return {"count": self._count, "schedule": self._schedule.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`'s value."""
+        self._count = state["count"]
+        self._schedule.load_state_dict(state["schedule"])
+
+
+def _store() -> dist.TCPStore:
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        timeout = timedelta(seconds=JOIN_TIMEOUT_S)
+        return dist.TCPStore(host, port, None, False, timeout=timeout, wait_for_workers=False)
+    except RuntimeError:
+        raise RendezvousError(
+            f"a parameter server could not reach rank 0 at {host}:{port} within {JOIN_TIMEOUT_S:.0f} s; is it running?"
+        ) from None
+
+
+def _own_address() -> str:
+    """The IPv4 address of this node's training network."""
+    interface = os.environ.get("GLOO_SOCKET_IFNAME", "")
+    for address in psutil.net_if_addrs().get(interface, ()):
+        if address.family == socket.AF_INET:
+            return str(address.address)
+    return socket.gethostbyname(socket.gethostname())
+
+
+if __name__ == "__main__":
+    main()
