@@ -7,14 +7,12 @@ their store, and serves until rank 0 ends it or its launcher goes away.
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import traceback
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch.distributed as dist
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -28,7 +26,7 @@ from shoal.plan import Plan, load_plan
 from shoal.run import Run
 from shoal.servers import Server, ServerConfig
 from shoal.strategy.sync.parameter_server import ParameterServerConfig
-from shoal.wire.rendezvous import JOIN_TIMEOUT_S
+from shoal.wire.rendezvous import JOIN_TIMEOUT_S, own_address
 from shoal.wire.secrets import load_secrets
 
 
@@ -59,7 +57,7 @@ def _serve(run: Run, index: int, log: EventLog) -> None:
         workers=tuple(range(world_size)),
         mode=sync.mode,
         bound=sync.staleness,
-        address=f"tcp://{_own_address()}:*",
+        address=f"tcp://{own_address(os.environ)}:*",
         secrets=load_secrets(Path(sync.secrets)) if sync.secrets else None,
     )
     server = Server(config, job.optimizer, schedule=_schedule(job, plan, world_size), log=log.write)
@@ -115,15 +113,6 @@ def _store() -> dist.TCPStore:
         raise RendezvousError(
             f"a parameter server could not reach rank 0 at {host}:{port} within {JOIN_TIMEOUT_S:.0f} s; is it running?"
         ) from None
-
-
-def _own_address() -> str:
-    """The IPv4 address of this node's training network."""
-    interface = os.environ.get("GLOO_SOCKET_IFNAME", "")
-    for address in psutil.net_if_addrs().get(interface, ()):
-        if address.family == socket.AF_INET:
-            return str(address.address)
-    return socket.gethostbyname(socket.gethostname())
 
 
 if __name__ == "__main__":

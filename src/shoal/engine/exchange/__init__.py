@@ -4,16 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from shoal.engine.exchange.base import ReplicaExchange
+from shoal.engine.exchange.base import ReplicaExchange, Wiring
 from shoal.engine.exchange.gossip import GossipExchange
 from shoal.engine.exchange.gradients import GradientExchange
 from shoal.engine.exchange.local import LocalExchange
+from shoal.engine.exchange.pairs import PairsExchange
 from shoal.engine.exchange.servers import ServersExchange
+from shoal.strategy.codec.feedback import Coder
+from shoal.strategy.sync.gossip import GossipSync
+
+
+def _gossip(wiring: Wiring, sync: GossipSync, coder: Coder | None) -> ReplicaExchange:
+    kind = PairsExchange if sync.config.mode == "asynchronous" else GossipExchange
+    return kind(wiring, sync, coder)
+
 
 EXCHANGES: dict[str, Callable[..., ReplicaExchange]] = {
     "allreduce": GradientExchange,
     "local": LocalExchange,
-    "gossip": GossipExchange,
+    "gossip": _gossip,
     "parameter_server": ServersExchange,
 }
 
