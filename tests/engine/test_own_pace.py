@@ -9,8 +9,8 @@ import pytest
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-
 from replicas import plan_text
+
 from shoal.engine.pace import Leases
 from training_runs import events_of, final_state, train_on
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from replicas import STEPS, Replica, plan_text, samples_of
 from torch import Tensor
 
-from replicas import STEPS, Replica, plan_text, samples_of
 from shoal.errors import WorkerFailedError
 from shoal.job.target import resolve
 from training_runs import events_of, final_state, final_tensors, train_on
@@ -21,7 +21,7 @@ SGD = ["optimizer=sgd"]
 
 
 def reference(shares: tuple[float, ...], steps: int = STEPS) -> dict[str, Tensor]:
-    """Each worker's gradient, clipped by itself, weighted by its samples, summed; SGD without a step on what has none."""
+    """Gradients clipped by each worker, weighted by its samples, summed; no step on what has none."""
     replicas = [Replica(rank) for rank in range(len(shares))]
     job = resolve(TARGET, SGD).load()
     optimizer = job.optimizer(replicas[0].parameters)

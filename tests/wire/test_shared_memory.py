@@ -161,7 +161,7 @@ def test_nothing_is_sent_on_the_network() -> None:
     def body(transport: SharedMemoryTransport) -> int:
         memory = transport.allocate(1000, torch.float32)
         transport.perform(AllReduce(memory.source, memory.target, NODE))
-        return transport.bytes_sent
+        return transport.traffic.bytes_sent
 
     assert play(2, body) == [0, 0]
 

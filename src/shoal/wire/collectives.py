@@ -1,7 +1,7 @@
 """Collectives through torch.distributed: Gloo between CPUs, NCCL between GPUs.
 
-`bytes_sent` counts payload by each collective's algorithm (ring all-reduce: 2 (w - 1)/w of the tensor; all-to-all and
-all-gather: what leaves this rank). Headers and retransmissions are the network's own.
+`traffic` counts payload: of messages that this module sends itself by their tensors, of the library's collectives by
+their algorithms (see traffic.py). Headers and retransmissions are the network's own.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from shoal.errors import PeerLostError
 from shoal.ops import AllGather, AllReduce, AllToAll, Barrier, Broadcast, Op, SendRecv
+from shoal.wire.traffic import Traffic, messages_of, size_bytes
 from shoal.wire.transport import Memory, private_memory
 
 
@@ -28,7 +29,7 @@ class TorchTransport:
         self._rank = rank
         self._device = device
         self._group = dist.new_group(members)
-        self.bytes_sent = 0
+        self.traffic = Traffic()
 
     def allocate(self, num_values: int, dtype: torch.dtype) -> Memory:
         """Private memory: collectives work in place."""
@@ -46,17 +47,21 @@ class TorchTransport:
                 if source is not target:
                     target.copy_(source)
                 dist.all_reduce(target, group=self._group)
-                self.bytes_sent += 2 * _size_bytes(target) * (size - 1) // size
+                self._record_library(op)
             case Broadcast(tensor, root):
                 dist.broadcast(tensor, src=self._members[root], group=self._group)
-                self.bytes_sent += _size_bytes(tensor) if self._rank == self._members[root] else 0
+                self._record_library(op)
+            case AllToAll(tensor) if tensor.is_cuda:
+                received = torch.empty_like(tensor)
+                dist.all_to_all_single(received, tensor, group=self._group)
+                self._record_library(op)
+                return received
             case AllToAll(tensor):
-                self.bytes_sent += _size_bytes(tensor) * (size - 1) // size
                 return self._all_to_all(tensor)
             case AllGather(tensor):
                 rows = torch.empty((size, tensor.numel()), dtype=tensor.dtype, device=tensor.device)
                 dist.all_gather(list(rows), tensor, group=self._group)
-                self.bytes_sent += _size_bytes(tensor) * (size - 1)
+                self._record_library(op)
                 return rows
             case SendRecv(tensor, to, into, source):
                 self._send_and_receive(tensor, to, into, source)
@@ -71,15 +76,13 @@ class TorchTransport:
         slow network.
         """
         received = torch.empty_like(rows)
-        if rows.is_cuda:
-            dist.all_to_all_single(received, rows, group=self._group)
-            return received
         me, size = self._members.index(self._rank), len(self._members)
         received[me] = rows[me]
         for distance in range(1, size):
             to, source = (me + distance) % size, (me - distance) % size
             arriving = dist.irecv(received[source], src=self._members[source], group=self._group)
             leaving = dist.isend(rows[to], dst=self._members[to], group=self._group)
+            self.traffic.record([(self._members[to], size_bytes(rows[to]))])
             assert arriving is not None
             assert leaving is not None
             arriving.wait()
@@ -92,10 +95,13 @@ class TorchTransport:
             waiting.append(dist.irecv(into, src=self._members[source], group=self._group))
         if to is not None and tensor.numel():
             waiting.append(dist.isend(tensor.contiguous(), dst=self._members[to], group=self._group))
-            self.bytes_sent += _size_bytes(tensor)
+            self.traffic.record([(self._members[to], size_bytes(tensor))])
         for work in waiting:
             assert work is not None
             work.wait()
+
+    def _record_library(self, op: Op) -> None:
+        self.traffic.record(messages_of(op, self._members.index(self._rank), self._members))
 
     def close(self) -> None:
         """The process group is destroyed with all others, by `rendezvous.leave`."""
@@ -122,7 +128,3 @@ def sum_over_world(values: list[float]) -> list[float]:
         dist.all_reduce(total)
     summed: list[float] = total.tolist()
     return summed
-
-
-def _size_bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -25,6 +25,7 @@ from torch import Tensor
 from shoal.errors import PeerLostError, RendezvousError
 from shoal.ops import AllReduce, Barrier, Broadcast, Op
 from shoal.wire import stitched
+from shoal.wire.traffic import Traffic
 from shoal.wire.transport import Memory
 
 _PIECE_BYTES = 128 * 1024  # of each contribution: the sum's operands stay in a core's second-level cache
@@ -65,7 +66,7 @@ class SharedMemoryTransport:
         self._peers = _connect(index, size, publish, lookup, timeout_s)
         self._allocations: dict[int, _Shared] = {}
         self._mappings: list[stitched.StitchedMemory] = []
-        self.bytes_sent = 0
+        self.traffic = Traffic()  # stays empty: nothing leaves the machine
 
     def allocate(self, num_values: int, dtype: torch.dtype) -> Memory:
         """Shared memory: `source` is this rank's own file, `target` the stitched view."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from shoal.ops import Op
+from shoal.wire.traffic import Traffic
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class Memory:
 class Transport(Protocol):
     """Performs operations for one group; used by one thread at a time."""
 
-    bytes_sent: int
-    """Payload bytes that this rank has put on the network so far."""
+    traffic: Traffic
+    """What this rank has put on the network so far."""
 
     def allocate(self, num_values: int, dtype: torch.dtype) -> Memory:
         """Make zeroed memory that `AllReduce` works on fastest. Collective: every member, in the same order."""
