@@ -6,12 +6,15 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
-from replicas import STEPS, Replica, plan_text, samples_of
+from replicas import BATCH, SEED, STEPS, Replica, plan_text, samples_of
 from torch import Tensor
 
+from shoal.data.order import shuffled
+from shoal.engine import random_state
 from shoal.errors import WorkerFailedError
 from shoal.job.target import resolve
 from training_runs import events_of, final_state, final_tensors, train_on
@@ -97,3 +100,32 @@ def test_keys_that_are_not_there_are_told_in_one_sentence(tmp_path: Path) -> Non
     plan = plan_text(f'kind = "parameter_server"\nsecrets = "{tmp_path / "nothing.toml"}"')
     with pytest.raises(WorkerFailedError, match=r"nothing\.toml"):
         train_on(["a"], TARGET, plan, tmp_path / "run", settings=SGD)
+
+
+CLICKS = str(Path(__file__).parents[1] / "jobs" / "clicks.py") + ":job"
+
+
+def test_a_sparse_table_on_servers_learns_what_it_learns_in_one_process(tmp_path: Path) -> None:
+    plan = plan_text('kind = "parameter_server"\nmode = "bsp"\nservers = 2', steps=20).replace("clip_norm = 0.5", "")
+    run = train_on(["a", "b"], CLICKS, plan, tmp_path / "run")
+    random_state.seed_all(SEED, 0)
+    job = resolve(CLICKS).load()
+    data, model = job.data(), job.model()
+    optimizer = job.optimizer(list(model.parameters()))
+    for step in range(20):
+        epoch, place = divmod(step, 60 // BATCH)
+        order = shuffled(np.arange(60), 60, seed=SEED, epoch=epoch)
+        optimizer.zero_grad()
+        job.loss(model, data[torch.from_numpy(order[place * BATCH : (place + 1) * BATCH])]).backward()
+        optimizer.step()
+        model.items.step()
+    trained = final_state(run)["model"]
+    torch.testing.assert_close(trained["last.weight"], model.last.weight.detach(), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(trained["last.bias"], model.last.bias.detach(), rtol=1e-10, atol=1e-12)
+
+
+def test_a_sparse_table_without_servers_and_an_id_out_of_range_are_told(tmp_path: Path) -> None:
+    with pytest.raises(WorkerFailedError, match=r"set sync\.kind to parameter_server"):
+        train_on(["a"], CLICKS, plan_text("kind = 'allreduce'"), tmp_path / "one")
+    with pytest.raises(WorkerFailedError, match=r"SparseTable\(1000, 8\)"):
+        train_on(["a"], CLICKS, plan_text('kind = "parameter_server"'), tmp_path / "two", settings=["rows=1000"])

@@ -20,6 +20,7 @@ from shoal.engine.exchange.base import Wiring
 from shoal.errors import JobError, MachineError
 from shoal.events import EventLog
 from shoal.job.job import Job
+from shoal.job.sparse_table import sparse_tables
 from shoal.ops import LEADERS, NODE, WORLD
 from shoal.plan.schema import ComputeConfig, Plan
 from shoal.strategy.codec import make_codec
@@ -83,6 +84,7 @@ def build_parts(job: Job, plan: Plan, topology: Topology, device: torch.device) 
     loader = Loader(training, _loader_config(plan, device), topology.rank, job.collate)
     _check_size(loader.num_samples, plan, topology)
     model = _model(job, device)
+    _check_tables(model, plan)
     optimizer = job.optimizer([p for p in model.parameters() if p.requires_grad])
     _check_optimizer(optimizer, model)
     schedule = job.schedule(optimizer) if job.schedule else None
@@ -228,6 +230,15 @@ def _model(job: Job, device: torch.device) -> nn.Module:
     if not any(p.requires_grad for p in model.parameters()):
         raise JobError("the job's model has no parameter that requires a gradient: there is nothing to train")
     return model.to(device).train()
+
+
+def _check_tables(model: nn.Module, plan: Plan) -> None:
+    tables = sparse_tables(model)
+    if tables and plan.sync.kind != "parameter_server":
+        raise JobError(
+            f"the model's {tables[0][0]} is a SparseTable, whose rows live on parameter servers, but the plan's sync "
+            f"is {plan.sync.kind}; set sync.kind to parameter_server, or use nn.Embedding"
+        )
 
 
 def _check_optimizer(optimizer: object, model: nn.Module) -> None:

@@ -122,3 +122,8 @@ class SparseTable(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.spec.rows}, {self.spec.dim}, optimizer={self.spec.optimizer!r}, lr={self.spec.lr}"
+
+
+def sparse_tables(model: nn.Module) -> list[tuple[str, SparseTable]]:
+    """The tables of a model, by name."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, SparseTable)]

@@ -18,8 +18,9 @@ from shoal.engine.exchange.base import Wiring, copied
 from shoal.engine.exchange.clipping import clear_gradients, clip_own, require_gradients
 from shoal.engine.exchange.communicator import Lane
 from shoal.engine.exchange.lagged import LaggedAgreement
+from shoal.job.sparse_table import SparseTable, sparse_tables
 from shoal.ops import WORLD
-from shoal.servers import ClientConfig, Pending, ServerClient
+from shoal.servers import ClientConfig, Pending, RemoteTable, ServerClient
 from shoal.strategy.codec.feedback import Coder
 from shoal.strategy.sync.parameter_server import ParameterServerSync, replicated
 from shoal.strategy.sync.sharding import assign
@@ -46,6 +47,8 @@ class ServersExchange:
         self._agreement = LaggedAgreement(Agreement(self._rank, self._world_size, allocate), lane, sync, self._rank)
         self._parameters = dict(flat.trainable(wiring.model))
         self._client = self._connect()
+        self._tables = dict(sparse_tables(wiring.model))
+        self._remote = {name: self._attach(name, table) for name, table in self._tables.items()}
         if self._rank == 0:
             self._client.load({name: p.detach() for name, p in self._parameters.items()})
         sum_over_world([0.0])
@@ -108,6 +111,8 @@ class ServersExchange:
         }
         clear_gradients(self._wiring.model)
         self._pushes.append(self._client.push(gradients, self._clock))
+        for table in self._tables.values():
+            table.step()
 
     def release(self) -> None:
         """One more step."""
@@ -122,6 +127,8 @@ class ServersExchange:
     def settle(self) -> None:
         """Wait until every push is acknowledged."""
         self._settle_pushes(keep=0)
+        for remote in self._remote.values():
+            remote.wait()
 
     def conclude(self) -> bool:
         """Take the final values. Collective."""
@@ -159,6 +166,8 @@ class ServersExchange:
         sum_over_world([0.0])
         self._fresh = False
         self._clock = state["clock"] - 1
+        for remote in self._remote.values():
+            remote.clock = state["clock"]
 
     def close(self) -> None:
         """End the servers and the connections to them."""
@@ -181,6 +190,15 @@ class ServersExchange:
         sizes = {name: p.element_size() for name, p in self._parameters.items()}
         pieces = assign(shapes, sizes, self._config.servers, replicate=config.replicate)
         return ServerClient(config, pieces, log=self._wiring.log.write)
+
+    def _attach(self, name: str, table: SparseTable) -> RemoteTable:
+        if self._rank == 0:
+            self._client.create_table(name, table.spec)
+        else:
+            self._client.know_table(name, table.spec)
+        remote = RemoteTable(self._client, name)
+        table.attach(remote)
+        return remote
 
     def _ask(self, clock: int) -> Pending[dict[str, Tensor]]:
         return self._client.pull(list(self._parameters), clock)
