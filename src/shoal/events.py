@@ -20,7 +20,7 @@ needed and `kill -9` loses at most a line that was being written. Every event ha
 | sample | rank 0 | text (made by the job's `sample` function) |
 | error | any rank | error (class name), message, traceback, symptom (true: another rank's failure showed here) |
 | run_finished | every rank | reason, steps, samples, seconds and bytes_sent (of this attempt), loss, val_loss, |
-|  |  | peak_memory_bytes |
+|  |  | peak_memory_bytes, traffic (of this attempt's exchanges: {to rank: [messages, bytes]}) |
 | worker_exited | launcher | rank, pid, exit_code (negative: the signal's number) |
 
 A reader must ignore kinds and fields that it does not know.

@@ -27,6 +27,7 @@ from shoal.engine.stopping import StopRule
 from shoal.engine.validation import Validator
 from shoal.errors import NonFiniteLossError
 from shoal.events import EventLog
+from shoal.wire.traffic import Traffic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +88,11 @@ class Loop:
     def parts(self) -> Parts:
         """What this rank trains with."""
         return self._crew.parts
+
+    @property
+    def traffic(self) -> Traffic:
+        """What this rank has sent to each other rank in this attempt."""
+        return self._crew.exchange.traffic
 
     @property
     def bytes_sent(self) -> int:

@@ -228,6 +228,7 @@ def _conclude(context: _Context, loop: Loop, job: Job, reason: str, seconds: flo
         val_loss=progress.val_loss,
         peak_memory_bytes=_peak_memory_bytes(),
         bytes_sent=loop.bytes_sent,
+        traffic=loop.traffic.to_plain(),
     )
     if loop.unsaved is not None:
         raise CheckpointError(f"the final state could not be saved: {loop.unsaved}")

@@ -11,6 +11,7 @@ import torch
 from shoal.engine.exchange.communicator import Lane, perform
 from shoal.errors import PeerLostError
 from shoal.ops import NODE, WORLD, AllGather, Barrier, Exchange, Op
+from shoal.wire.traffic import Traffic
 from shoal.wire.transport import Memory, private_memory
 
 CPU = torch.device("cpu")
@@ -20,7 +21,7 @@ class Recorder:
     """A transport that notes what it is asked for; `gate` holds the first operation back."""
 
     def __init__(self, name: str, log: list[tuple[str, Op]], gate: threading.Event | None = None) -> None:
-        self.bytes_sent = 0
+        self.traffic = Traffic()
         self.closed = False
         self._name, self._log, self._gate = name, log, gate
 
@@ -33,7 +34,7 @@ class Recorder:
         if isinstance(op, AllGather) and op.tensor is None:
             raise PeerLostError("rank 1 is gone")
         self._log.append((self._name, op))
-        self.bytes_sent += 10
+        self.traffic.record([(1, 10)])
         return len(self._log)
 
     def close(self) -> None:
@@ -72,6 +73,7 @@ def test_exchanges_are_performed_in_the_order_of_their_submission() -> None:
     gate.set()
     assert [lane.wait(future) for future in reversed(futures)] == [[4, 5, 6], [3], [1, 2]]
     assert lane.bytes_sent == 60
+    assert lane.traffic == Traffic({1: (6, 60)})
     lane.close()
 
 

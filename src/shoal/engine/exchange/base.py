@@ -21,6 +21,7 @@ from shoal.data.loader import Batch
 from shoal.engine.exchange.agreement import Verdict
 from shoal.events import EventLog
 from shoal.strategy.topology import Topology
+from shoal.wire.traffic import Traffic
 from shoal.wire.transport import Transport
 
 
@@ -52,6 +53,10 @@ class ReplicaExchange(Protocol):
 
     asynchronous: bool
     replicas_equal: bool
+
+    @property
+    def traffic(self) -> Traffic:
+        """What this rank's lanes have sent to other ranks so far."""
 
     @property
     def bytes_sent(self) -> int:

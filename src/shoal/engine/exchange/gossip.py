@@ -23,6 +23,7 @@ from shoal.strategy.bucket import Bucket
 from shoal.strategy.codec.feedback import Coder
 from shoal.strategy.sync.gossip import GossipSync
 from shoal.wire.collectives import sum_over_world
+from shoal.wire.traffic import Traffic, total
 
 _BYTES_PER_MB = 1_000_000
 
@@ -48,6 +49,11 @@ class GossipExchange:
         self._mixing: list[Future[Any]] = []
         self._step = 0
         self._weight = 0.0
+
+    @property
+    def traffic(self) -> Traffic:
+        """What this rank has sent to other ranks so far."""
+        return total(lane.traffic for lane in self._lanes)
 
     @property
     def bytes_sent(self) -> int:

@@ -20,6 +20,7 @@ from shoal.ops import NODE, WORLD
 from shoal.strategy.bucket import Bucket
 from shoal.strategy.codec.feedback import Coder
 from shoal.strategy.sync.allreduce import AllReduceSync
+from shoal.wire.traffic import Traffic, total
 from shoal.wire.transport import Memory
 
 _BYTES_PER_MB = 1_000_000
@@ -45,6 +46,11 @@ class GradientExchange:
         self._square = Bucket.over("clipping", allocate(1, torch.float64), 1)
         self._in_flight: list[tuple[Lane, Future[Any]]] = []
         self._fence: Future[Any] | None = None
+
+    @property
+    def traffic(self) -> Traffic:
+        """What this rank has sent to other ranks so far."""
+        return total(lane.traffic for lane in self._lanes)
 
     @property
     def bytes_sent(self) -> int:

@@ -25,6 +25,7 @@ from shoal.strategy.bucket import Bucket
 from shoal.strategy.codec.feedback import Coder
 from shoal.strategy.sync.local import LocalSync, Rhythm, least_every, num_fragments, outer_step, rhythm
 from shoal.wire.collectives import sum_over_world
+from shoal.wire.traffic import Traffic, total
 from shoal.wire.transport import Memory
 
 _BYTES_PER_MB = 1_000_000
@@ -84,6 +85,11 @@ class LocalExchange:
         self._rhythm: Rhythm | None = None
         if sync.config.every != "auto":
             self._settle(sync.config.every)
+
+    @property
+    def traffic(self) -> Traffic:
+        """What this rank has sent to other ranks so far."""
+        return total(lane.traffic for lane in self._lanes)
 
     @property
     def bytes_sent(self) -> int:

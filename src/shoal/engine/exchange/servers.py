@@ -26,6 +26,7 @@ from shoal.strategy.sync.parameter_server import ParameterServerSync, replicated
 from shoal.strategy.sync.sharding import assign
 from shoal.wire.collectives import sum_over_world
 from shoal.wire.secrets import load_secrets
+from shoal.wire.traffic import Traffic
 
 _PATIENCE = timedelta(seconds=120)
 
@@ -59,6 +60,11 @@ class ServersExchange:
         self._step = 0
         self._weight = 0.0
         self._own_loss = torch.zeros(())
+
+    @property
+    def traffic(self) -> Traffic:
+        """What this rank has sent to other ranks so far; servers are none."""
+        return self._lane.traffic
 
     @property
     def bytes_sent(self) -> int:
