@@ -22,7 +22,7 @@ from shoal.launch import local
 from shoal.launch.lab.lab import Lab
 from shoal.launch.placement import Seating
 from shoal.launch.supervisor import Supervisor
-from shoal.plan import Plan, num_servers, check_resumable, dump_plan, load_plan, plan_hash, resolve_plan, with_flags
+from shoal.plan import Plan, check_resumable, dump_plan, load_plan, num_servers, plan_hash, resolve_plan, with_flags
 from shoal.run import Run, open_run, write_atomic
 
 

@@ -25,6 +25,7 @@ from shoal.job.job import Job
 from shoal.plan import Plan, load_plan
 from shoal.run import Run
 from shoal.servers import Server, ServerConfig
+from shoal.strategy.codec import make_codec
 from shoal.strategy.sync.parameter_server import ParameterServerConfig
 from shoal.wire.rendezvous import JOIN_TIMEOUT_S, own_address
 from shoal.wire.secrets import load_secrets
@@ -60,7 +61,8 @@ def _serve(run: Run, index: int, log: EventLog) -> None:
         address=f"tcp://{own_address(os.environ)}:*",
         secrets=load_secrets(Path(sync.secrets)) if sync.secrets else None,
     )
-    server = Server(config, job.optimizer, schedule=_schedule(job, plan, world_size), log=log.write)
+    codec = make_codec(plan.codec) if plan.codec.kind != "none" else None
+    server = Server(config, job.optimizer, schedule=_schedule(job, plan, world_size), codec=codec, log=log.write)
     store = _store()
     store.set(f"server/{index}", server.address)
     log.write("server_started", address=server.address, mode=sync.mode)
@@ -96,12 +98,12 @@ class _EveryNth:
 
     def state_dict(self) -> dict[str, Any]:
         """All that must survive a restart."""
-        return {"count": self._count, "schedule": self._schedule.state_dict()}
+        return {**self._schedule.state_dict(), "count": self._count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`'s value."""
         self._count = state["count"]
-        self._schedule.load_state_dict(state["schedule"])
+        self._schedule.load_state_dict({name: item for name, item in state.items() if name != "count"})
 
 
 def _store() -> dist.TCPStore:

@@ -20,6 +20,7 @@ from shoal.ops import Pull, Push, ServerOp
 from shoal.servers.connections import ClientConfig, Connections, Log
 from shoal.servers.requests import Pending, Request
 from shoal.servers.routing import Routing
+from shoal.strategy.codec.feedback import Coder
 from shoal.strategy.sync.sharding import PIECE_BYTES, Piece
 from shoal.wire.frame import Header, Message, Operation, text
 
@@ -97,12 +98,13 @@ class ServerClient:
         """Say what a table is that another worker has created."""
         self._routing.tables[name] = spec
 
-    def push(self, tensors: Mapping[str, Tensor], clock: int) -> Pending[None]:
+    def push(self, tensors: Mapping[str, Tensor], clock: int, coder: Coder | None = None) -> Pending[None]:
         """Send this worker's updates of its step `clock`.
 
         Args:
             tensors: updates by parameter name, of the parameters' shapes and dtypes, on the CPU and scaled already.
                 They are sent from where they lie: leave them as they are until the result is there.
+            coder: encodes each piece, under its key, as the servers' codec decodes it.
 
         Returns:
             Done when every holder has acknowledged: it survives the loss of one server then, if there are replicas.
@@ -110,6 +112,8 @@ class ServerClient:
         requests = []
         for group in self._routing.grouped(tensors, PIECE_BYTES, _MAX_KEYS):
             parts = [(piece.key, self._routing.cut(piece, tensors[piece.parameter])) for piece in group]
+            if coder is not None:
+                parts = [(key, _encoded(coder, key, update)) for key, update in parts]
             header = self._header(Operation.PUSH, clock, sequence=next(self._sequences))
             requests.append(Request(header, parts, self._routing.holders(group[0]), f"the push of {_names(group)}"))
         return self._connections.submit(requests)
@@ -257,6 +261,11 @@ class ServerClient:
         requests = {index: Request(self._header(operation, 0), (), (index,), what) for index in self._connections.alive}
         self._connections.submit(list(requests.values())).result()
         return {index: request.answer for index, request in requests.items() if request.answer is not None}
+
+
+def _encoded(coder: Coder, key: str, update: Tensor) -> Tensor:
+    """One piece as bytes, shape (b,); as it is during the codec's warm-up."""
+    return coder.encode(key, update.reshape(1, -1))[0] if coder.begin(key) else update
 
 
 def _place(group: Sequence[Piece], num_rows: Mapping[str, int], result: dict[str, Tensor], answer: Message) -> None:

@@ -11,6 +11,7 @@ import zmq
 
 from shoal.errors import ServerLostError, ServerRefusedError, WireError
 from shoal.servers.requests import Pending, Request
+from shoal.wire.blocks import keep_large_blocks
 from shoal.wire.bulk import MAX_MESSAGE_BYTES, Link
 from shoal.wire.frame import Message, Operation
 from shoal.wire.secrets import Secrets
@@ -48,6 +49,7 @@ class Connections:
 
     def __init__(self, config: ClientConfig, log: Log) -> None:
         """Start connecting to all servers; does not wait."""
+        keep_large_blocks()
         self._config = config
         self._log = log
         self._context = zmq.Context()

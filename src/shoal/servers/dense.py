@@ -14,9 +14,12 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+from shoal.strategy.codec import Codec
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
 ScheduleFactory = Callable[[Optimizer], LRScheduler]
@@ -25,22 +28,39 @@ ScheduleFactory = Callable[[Optimizer], LRScheduler]
 class DensePiece:
     """Values, optimizer and schedule of one key."""
 
-    def __init__(self, value: Tensor, optimizer: OptimizerFactory, schedule: ScheduleFactory | None = None) -> None:
+    def __init__(
+        self,
+        value: Tensor,
+        optimizer: OptimizerFactory,
+        schedule: ScheduleFactory | None = None,
+        codec: Codec | None = None,
+    ) -> None:
         """Start from `value`, which becomes this piece's own memory.
 
         Args:
+            codec: how workers may encode their updates; plain ones are taken too.
             schedule: its learning rate advances with each application: each step of bsp, each update of ssp and async.
         """
         self._parameter = nn.Parameter(value)
         self._optimizer = optimizer([self._parameter])
         self._schedule = schedule(self._optimizer) if schedule else None
         self._under_way: list[Any] = []
+        self._codec = codec
         self.version = 0
 
     @property
     def size_bytes(self) -> int:
         """Of the values, without the optimizer's state."""
         return self._parameter.numel() * self._parameter.element_size()
+
+    def decoded(self, update: Tensor) -> Tensor:
+        """An update as values, if it came encoded and is as long as it has to be; else as it is."""
+        value = self._parameter
+        if self._codec is None or update.dtype != torch.uint8 or value.dtype == torch.uint8:
+            return update
+        if update.shape != (self._codec.size_bytes(value.numel(), value.element_size()),):
+            return update
+        return self._codec.decode(update.view(1, -1), value.numel(), value.detach())[0].view_as(value)
 
     def check(self, update: Tensor) -> str | None:
         """Why `update` does not fit, or None."""

@@ -25,7 +25,9 @@ from shoal.servers.dense import DensePiece, OptimizerFactory, ScheduleFactory
 from shoal.servers.holding import Holding, RefusalError
 from shoal.servers.replication import Replicas, refused
 from shoal.servers.table import TableShard
+from shoal.strategy.codec import Codec
 from shoal.strategy.sync.staleness import Mode, Staleness
+from shoal.wire.blocks import keep_large_blocks
 from shoal.wire.bulk import MAX_MESSAGE_BYTES, Listener
 from shoal.wire.frame import FORWARDED, FrameError, Header, Message, Operation, text
 from shoal.wire.secrets import Secrets
@@ -79,6 +81,7 @@ class Server:
         optimizer: OptimizerFactory,
         *,
         schedule: ScheduleFactory | None = None,
+        codec: Codec | None = None,
         log: Log = lambda kind, **fields: None,
     ) -> None:
         """Listen at `config.address`; `address` then says where.
@@ -86,15 +89,18 @@ class Server:
         Args:
             optimizer: makes the optimizer of one dense parameter (or a piece of one); called once for each.
             schedule: makes its learning-rate schedule.
+            codec: how workers may encode their updates.
             log: called as `log(kind, **fields)`: replica_lost (server), promoted (key), moved (key), frame_dropped
                 (reason), server_failed (message). `EventLog.write` fits.
 
         Raises:
             RendezvousError: the address cannot be bound.
         """
+        keep_large_blocks()
         self._config = config
         self._optimizer = optimizer
         self._schedule = schedule
+        self._codec = codec
         self._log = log
         self._holdings: dict[str, Holding] = {}
         self._waiting: set[_Waiting] = set()
@@ -175,6 +181,9 @@ class Server:
     def _push(self, identity: bytes, message: Message) -> None:
         header, updates = message.header, _updates(message)
         holdings = [self._holding(key) for key in updates]
+        for holding, (key, update) in zip(holdings, list(updates.items()), strict=True):
+            if isinstance(holding.shard, DensePiece) and isinstance(update, Tensor):
+                updates[key] = holding.shard.decoded(update)
         if any(self._moved(holding, header) for holding in holdings):
             self._reply(identity, header, operation=Operation.MOVED)
             return
@@ -242,7 +251,7 @@ class Server:
         if document["kind"] == "table":
             shard = TableShard(TableSpec(**document["table"]))
         else:
-            shard = DensePiece(tensors["value"].clone(), self._optimizer, self._schedule)
+            shard = DensePiece(tensors["value"].clone(), self._optimizer, self._schedule, self._codec)
         if document.get("state") is not None:
             shard.restore(document["state"], {name: item for name, item in tensors.items() if name != "document"})
         config = self._config

@@ -116,7 +116,7 @@ class ServersExchange:
             for name, p in self._parameters.items()
         }
         clear_gradients(self._wiring.model)
-        self._pushes.append(self._client.push(gradients, self._clock))
+        self._pushes.append(self._client.push(gradients, self._clock, self._coder))
         for table in self._tables.values():
             table.step()
 

@@ -9,6 +9,7 @@ import pydantic
 from shoal.strategy.codec.base import Codec
 from shoal.strategy.codec.bf16 import Bf16Codec, Bf16Config
 from shoal.strategy.codec.fp16 import Fp16Codec, Fp16Config
+from shoal.strategy.codec.int2 import Int2Codec, Int2Config
 from shoal.strategy.codec.int4 import Int4Codec, Int4Config
 from shoal.strategy.codec.int8 import Int8Codec, Int8Config
 from shoal.strategy.codec.none import NoneCodec, NoneConfig
@@ -26,6 +27,7 @@ CodecConfig = Annotated[
     | Fp16Config
     | Int8Config
     | Int4Config
+    | Int2Config
     | SignConfig
     | OneBitConfig
     | TernGradConfig
@@ -42,6 +44,7 @@ CODECS: dict[str, type[Codec]] = {
     "fp16": Fp16Codec,
     "int8": Int8Codec,
     "int4": Int4Codec,
+    "int2": Int2Codec,
     "sign": SignCodec,
     "onebit": OneBitCodec,
     "terngrad": TernGradCodec,

@@ -20,11 +20,11 @@ class OneBitConfig(CodecOptions):
     """`[codec] kind = "onebit"`.
 
     Attributes:
-        chunk: values that share two means of 4 bytes each.
+        chunk: values that share two means of 2 bytes each.
     """
 
     kind: Literal["onebit"] = "onebit"
-    chunk: ChunkSize = 256
+    chunk: ChunkSize = 128
 
 
 class OneBitCodec(ChunkedCodec):
@@ -33,7 +33,7 @@ class OneBitCodec(ChunkedCodec):
     biased: ClassVar[bool] = True
 
     def __init__(self, config: OneBitConfig) -> None:
-        super().__init__(config.chunk, 1, torch.float32, 2)
+        super().__init__(config.chunk, 1, torch.bfloat16, 2)
 
     def _quantize(self, chunks: Tensor, num_values: int, key: int) -> tuple[Tensor, Tensor, Tensor]:
         dtype = working_dtype(chunks.dtype)
@@ -44,7 +44,9 @@ class OneBitCodec(ChunkedCodec):
         total = chunks.sum(dim=-1, keepdim=True, dtype=dtype)
         positive_mean = (magnitude + total) / 2 / num_positive.clamp_(min=1)
         negative_mean = (total - magnitude) / 2 / num_negative.clamp_(min=1)
-        heads = torch.cat([positive_mean + negative_mean, positive_mean - negative_mean], dim=-1).div_(2).float()
+        heads = (
+            torch.cat([positive_mean + negative_mean, positive_mean - negative_mean], dim=-1).div_(2).to(torch.bfloat16)
+        )
         codes = negative.view(torch.uint8)
         return heads, codes, self._restore(heads, codes, dtype)
 

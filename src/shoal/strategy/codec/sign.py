@@ -20,11 +20,11 @@ class SignConfig(CodecOptions):
     """`[codec] kind = "sign"`.
 
     Attributes:
-        chunk: values that share a mean magnitude of 4 bytes.
+        chunk: values that share a mean magnitude of 2 bytes.
     """
 
     kind: Literal["sign"] = "sign"
-    chunk: ChunkSize = 256
+    chunk: ChunkSize = 128
 
 
 class SignCodec(ChunkedCodec):
@@ -33,11 +33,11 @@ class SignCodec(ChunkedCodec):
     biased: ClassVar[bool] = True
 
     def __init__(self, config: SignConfig) -> None:
-        super().__init__(config.chunk, 1, torch.float32, 1)
+        super().__init__(config.chunk, 1, torch.bfloat16, 1)
 
     def _quantize(self, chunks: Tensor, num_values: int, key: int) -> tuple[Tensor, Tensor, Tensor]:
         total = chunks.abs().sum(dim=-1, keepdim=True, dtype=working_dtype(chunks.dtype))  # (rows, c, 1)
-        mean = (total / chunk_sizes(num_values, self._chunk, chunks)).float()
+        mean = (total / chunk_sizes(num_values, self._chunk, chunks)).to(torch.bfloat16)
         negative = (chunks < 0).contiguous().view(torch.uint8)
         return mean, negative, self._restore(mean, negative, working_dtype(chunks.dtype))
 

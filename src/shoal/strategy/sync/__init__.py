@@ -11,7 +11,9 @@ from shoal.strategy.sync.gossip import GossipConfig, GossipSync
 from shoal.strategy.sync.local import LocalConfig, LocalSync
 from shoal.strategy.sync.parameter_server import ParameterServerConfig, ParameterServerSync
 
-SyncConfig = Annotated[AllReduceConfig | LocalConfig | GossipConfig | ParameterServerConfig, pydantic.Field(discriminator="kind")]
+SyncConfig = Annotated[
+    AllReduceConfig | LocalConfig | GossipConfig | ParameterServerConfig, pydantic.Field(discriminator="kind")
+]
 
 AnySync = AllReduceSync | LocalSync | GossipSync | ParameterServerSync
 

@@ -1,7 +1,7 @@
-"""Parameter servers: the model's values and the optimizer live on servers; workers push gradients and pull values.
+"""Parameter servers hold the model's values and the optimizer; workers push gradients and pull values.
 
-The three modes differ in nothing but how stale a worker may read (`staleness.py`): *bsp* waits for everybody's update of
-each step, *ssp* lets a worker be `staleness` steps ahead of the slowest (Ho et al. 2013), *async* waits for nobody
+The three modes differ in nothing but how stale a worker may read (`staleness.py`): *bsp* waits for everybody's update
+of each step, *ssp* lets a worker be `staleness` steps ahead of the slowest (Ho et al. 2013), *async* waits for nobody
 (Dean et al. 2012). Parameters are cut and spread over the servers by `sharding.py`; each piece has a replica on another
 server where there are two or more, so that an acknowledged update survives the loss of any one.
 """
