@@ -1,0 +1,128 @@
+"""One rank of stock DistributedDataParallel: the loop of PyTorch's own tutorial, on a plan's data, batch and clipping.
+
+It writes the events that Shoal's ranks write (`shoal.events`), so that both are read alike. `bytes_sent` is payload, as
+Shoal counts it: a ring all-reduce of the gradients. `interface_bytes` is what the network interface counted. On one
+rank the model is trained as it is, without DistributedDataParallel around it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from shoal.data.loader import Batch, Cursor
+from shoal.engine import build
+from shoal.engine.forward import Forward
+from shoal.engine.validation import Validator
+from shoal.events import EventLog
+from shoal.job.job import Job
+from shoal.job.target import resolve
+from shoal.plan import Plan, parse_plan
+from shoal.strategy.topology import Topology
+from shoal.wire.rendezvous import identity_from, join, leave, start_collectives
+
+CPU = torch.device("cpu")
+
+
+def validator(job: Job, parts: build.Parts, plan: Plan, topology: Topology) -> Validator:
+    """Shoal's own: the same windows, divided alike."""
+    assert parts.validation is not None
+    return Validator(
+        dataset=parts.validation,
+        forward=Forward(parts.model, job.loss, CPU, plan.compute.precision),
+        metrics={},
+        rank=topology.rank,
+        world_size=topology.world_size,
+        batch_size=-(-plan.batch.size // topology.world_size),
+        limit=plan.validation.samples,
+        collate=job.collate,
+    )
+
+
+def stepper(job: Job, parts: build.Parts, plan: Plan, topology: Topology) -> Callable[[Batch], float]:
+    """A function that takes one step and returns this rank's loss."""
+    wrapped: nn.Module = DistributedDataParallel(parts.model) if topology.world_size > 1 else parts.model
+
+    def step(batch: Batch) -> float:
+        [(_, samples)] = batch.micro_batches
+        parts.optimizer.zero_grad()
+        loss = job.loss(wrapped, samples)
+        assert isinstance(loss, torch.Tensor)
+        loss.backward()
+        if plan.compute.clip_norm is not None:
+            nn.utils.clip_grad_norm_(parts.model.parameters(), plan.compute.clip_norm)
+        parts.optimizer.step()
+        if parts.schedule is not None:
+            parts.schedule.step()
+        return loss.item()  # as Shoal's loop does: a loss that nobody reads cannot be checked
+
+    return step
+
+
+def interface_bytes() -> int:
+    """What this node's interface has sent so far."""
+    return int(Path(f"/sys/class/net/{os.environ['GLOO_SOCKET_IFNAME']}/statistics/tx_bytes").read_text())
+
+
+def train(job: Job, plan: Plan, topology: Topology, log: EventLog) -> None:
+    """Train for the plan's number of steps, and validate when it says so."""
+    parts = build.build_parts(job, plan, topology, CPU)
+    validate = validator(job, parts, plan, topology) if plan.validation.every else None
+    take_step = stepper(job, parts, plan, topology)
+    size = topology.world_size
+    gradient_bytes = sum(p.numel() * p.element_size() for p in parts.model.parameters() if p.requires_grad)
+    payload = 2 * gradient_bytes * (size - 1) // size
+    batches = parts.loader.batches(Cursor())
+    assert plan.stop.steps is not None
+    for number in range(1, plan.stop.steps + 1):
+        before, started = interface_bytes(), time.perf_counter()
+        batch = next(batches)
+        loss = take_step(batch)
+        step_s = time.perf_counter() - started
+        log.write(
+            "step",
+            step=number,
+            loss=loss,
+            samples=batch.size,
+            share=batch.share,
+            step_s=step_s,
+            bytes_sent=payload,
+            interface_bytes=interface_bytes() - before,
+        )
+        if validate is not None and (number % plan.validation.every == 0 or number == plan.stop.steps):
+            values = validate()
+            if topology.rank == 0:
+                log.write("validation", step=number, loss=values["val_loss"])
+    log.write("run_finished", reason="steps", bytes_sent=payload * plan.stop.steps)
+
+
+def main() -> None:
+    """Train one rank and end the process."""
+    settings: dict[str, Any] = json.loads(sys.argv[1])
+    plan = parse_plan(settings["plan"], origin="benchmark")
+    identity = identity_from(os.environ)
+    membership = join(identity, {})
+    start_collectives(membership, CPU)
+    topology = Topology(identity.rank, membership.nodes)
+    build.set_threads(plan.compute, topology)
+    job = resolve(settings["job"], settings["set"]).load()
+    with EventLog(Path(settings["events"]) / f"rank-{identity.rank}.jsonl", f"rank-{identity.rank}") as log:
+        train(job, plan, topology, log)
+    if identity.rank == 0:
+        print("{}")
+    sys.stdout.flush()
+    leave(membership)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
