@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -22,10 +21,8 @@ from shoal.events import EventLog
 from shoal.job.job import Job
 from shoal.job.sparse_table import sparse_tables
 from shoal.ops import LEADERS, NODE, WORLD
+from shoal.plan.parts import build_coder, build_sync
 from shoal.plan.schema import ComputeConfig, Plan
-from shoal.strategy.codec import make_codec
-from shoal.strategy.codec.feedback import Coder
-from shoal.strategy.sync import SYNCS, AnySync
 from shoal.strategy.topology import Topology
 from shoal.wire import shared_memory
 from shoal.wire.collectives import TorchTransport
@@ -90,22 +87,6 @@ def build_parts(job: Job, plan: Plan, topology: Topology, device: torch.device) 
     schedule = job.schedule(optimizer) if job.schedule else None
     random_state.seed_all(plan.seed, topology.rank + 1)
     return Parts(model, optimizer, schedule, loader, validation)
-
-
-def build_sync(plan: Plan, topology: Topology, coder: Coder | None) -> AnySync:
-    """The plan's sync."""
-    sync: AnySync = SYNCS[plan.sync.kind](plan.sync, coder, topology)
-    return sync
-
-
-def build_coder(plan: Plan, topology: Topology) -> Coder | None:
-    """The plan's codec with its memory; None where values go as they are."""
-    if plan.codec.kind == "none":
-        return None
-    options = plan.codec
-    if plan.sync.kind == "gossip":  # it sends differences to what was told before: an error feedback of its own
-        options = dataclasses.replace(options, error_feedback=False)
-    return Coder(make_codec(options), options, rank=topology.rank, seed=plan.seed)
 
 
 def build_exchange(

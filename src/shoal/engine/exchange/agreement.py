@@ -13,10 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shoal.strategy.bucket import Bucket
+from shoal.strategy.agreement import HEAD, LOSS, STOP, agreement_bucket
 from shoal.wire.transport import Memory
-
-_LOSS, _STOP, _HEAD = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -35,24 +33,23 @@ class Verdict:
 
 
 class Agreement:
-    """The vector of one run: [loss, stop votes, a flag a rank], float64."""
+    """The vector of one run."""
 
     def __init__(self, rank: int, world_size: int, allocate: Callable[[int, torch.dtype], Memory]) -> None:
         self._rank = rank
-        size = _HEAD + world_size
-        self.bucket = Bucket.over("agreement", allocate(size, torch.float64), size)
+        self.bucket = agreement_bucket(world_size, allocate)
 
     def propose(self, weighted_loss: Tensor, *, stop: bool) -> None:
         """Write this rank's part. `weighted_loss`: its share's part of the global mean, a scalar on any device."""
         part = self.bucket.source
         finite = weighted_loss.isfinite()
         part.zero_()
-        part[_LOSS] = weighted_loss.nan_to_num(0.0, 0.0, 0.0)
-        part[_STOP] = float(stop)
-        part[_HEAD + self._rank] = finite.logical_not()
+        part[LOSS] = weighted_loss.nan_to_num(0.0, 0.0, 0.0)
+        part[STOP] = float(stop)
+        part[HEAD + self._rank] = finite.logical_not()
 
     def read(self) -> Verdict:
         """Read the sums, after the exchange of `bucket`."""
         values = self.bucket.target.tolist()
-        bad = [rank for rank, flag in enumerate(values[_HEAD:]) if flag > 0]
-        return Verdict(math.nan if bad else values[_LOSS], bad, values[_STOP] > 0)
+        bad = [rank for rank, flag in enumerate(values[HEAD:]) if flag > 0]
+        return Verdict(math.nan if bad else values[LOSS], bad, values[STOP] > 0)

@@ -11,6 +11,7 @@ as it would on a single process, so that the optimizer passes it over.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 
 from shoal.engine.exchange import flat
 from shoal.errors import JobError
-from shoal.strategy.bucket import Bucket, Piece
+from shoal.strategy.bucket import Bucket
+from shoal.strategy.layout import Flat, gradient_buckets
 from shoal.wire.transport import Memory
 
 Allocate = Callable[[int, int, torch.dtype], Memory]
@@ -64,8 +66,8 @@ class GradientBuckets:
         trainable = [(name, p) for name, p in named_parameters if p.requires_grad]
         self.buckets: list[Bucket] = []
         self._slots: list[_Slot] = []
-        for group in flat.group(list(reversed(trainable)), bucket_bytes):
-            self._lay_out(group, allocate)
+        for laid in gradient_buckets(trainable, bucket_bytes):
+            self._lay_out(laid, allocate)
         self._slots_of = [[s for s in self._slots if s.bucket == index] for index in range(len(self.buckets))]
         self._missing = [0] * len(self.buckets)
         self._next = 0
@@ -108,15 +110,12 @@ class GradientBuckets:
         for hook in self._hooks:
             hook.remove()
 
-    def _lay_out(self, group: list[tuple[str, nn.Parameter]], allocate: Allocate) -> None:
-        dtype = group[0][1].dtype
-        offsets, num_values = flat.offsets([p.numel() for _, p in group], dtype.itemsize)
+    def _lay_out(self, laid: Flat[nn.Parameter], allocate: Allocate) -> None:
         index = len(self.buckets)
-        memory = allocate(index, num_values + len(group), dtype)
-        pieces = tuple(Piece(offset, p.shape) for (_, p), offset in zip(group, offsets, strict=True))
-        self.buckets.append(Bucket.over(f"bucket-{index}", memory, num_values, pieces))
-        for (name, p), offset in zip(group, offsets, strict=True):
-            source, target = (flat.view_like(p, whole, offset) for whole in (memory.source, memory.target))
+        bucket = laid.bucket(functools.partial(allocate, index), flags=True)
+        self.buckets.append(bucket)
+        for (name, p), piece in zip(laid.named, laid.pieces, strict=True):
+            source, target = (flat.view_like(p, whole, piece.offset) for whole in (bucket.source, bucket.target))
             self._slots.append(_Slot(name, p, index, source, target))
 
     def _hook(self, slot: _Slot) -> Callable[[Tensor], None]:

@@ -21,11 +21,10 @@ from shoal.engine.exchange.lagged import LaggedAgreement
 from shoal.ops import WORLD
 from shoal.strategy.bucket import Bucket
 from shoal.strategy.codec.feedback import Coder
+from shoal.strategy.layout import bucket_bytes
 from shoal.strategy.sync.gossip import GossipSync
 from shoal.wire.collectives import sum_over_world
 from shoal.wire.traffic import Traffic, total
-
-_BYTES_PER_MB = 1_000_000
 
 
 class GossipExchange:
@@ -41,7 +40,7 @@ class GossipExchange:
         rank, self._world_size = wiring.topology.rank, wiring.topology.world_size
         allocate = self._lanes[0].transports[WORLD].allocate
         self._agreement = LaggedAgreement(Agreement(rank, self._world_size, allocate), self._lanes[0], sync, rank)
-        [self._sections] = parameters.lay_out(wiring.model, 1, sync.config.bucket_mb * _BYTES_PER_MB)
+        [self._sections] = parameters.lay_out(wiring.model, 1, bucket_bytes(sync.config.bucket_mb))
         self._buckets = []
         for section in self._sections:
             memory = self._lanes[1].transports[WORLD].allocate(len(section.values), section.values.dtype)

@@ -19,11 +19,10 @@ from shoal.engine.exchange.communicator import Lane
 from shoal.ops import NODE, WORLD
 from shoal.strategy.bucket import Bucket
 from shoal.strategy.codec.feedback import Coder
+from shoal.strategy.layout import bucket_bytes
 from shoal.strategy.sync.allreduce import AllReduceSync
 from shoal.wire.traffic import Traffic, total
 from shoal.wire.transport import Memory
-
-_BYTES_PER_MB = 1_000_000
 
 
 class GradientExchange:
@@ -38,7 +37,7 @@ class GradientExchange:
         self._lanes = [Lane(transports, wiring.device) for transports in wiring.lanes]
         self._group = NODE if sync.hierarchical else WORLD
         self._buckets = GradientBuckets(
-            wiring.model.named_parameters(), int(sync.config.bucket_mb * _BYTES_PER_MB), self._allocate, self._send
+            wiring.model.named_parameters(), bucket_bytes(sync.config.bucket_mb), self._allocate, self._send
         )
         rank, world_size = wiring.topology.rank, wiring.topology.world_size
         allocate = functools.partial(self._allocate, 0)

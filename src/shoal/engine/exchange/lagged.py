@@ -15,10 +15,8 @@ from torch import Tensor
 
 from shoal.engine.exchange.agreement import Agreement, Verdict
 from shoal.engine.exchange.communicator import Lane
+from shoal.strategy.agreement import EVERY
 from shoal.strategy.sync.summation import Summation
-
-EVERY = 8
-"""Steps between two agreements, and between an agreement's leaving and its being read."""
 
 
 class LaggedAgreement:

@@ -23,12 +23,12 @@ from shoal.engine.exchange.parameters import Section
 from shoal.ops import NODE, WORLD
 from shoal.strategy.bucket import Bucket
 from shoal.strategy.codec.feedback import Coder
+from shoal.strategy.layout import bucket_bytes
 from shoal.strategy.sync.local import LocalSync, Rhythm, least_every, num_fragments, outer_step, rhythm
 from shoal.wire.collectives import sum_over_world
 from shoal.wire.traffic import Traffic, total
 from shoal.wire.transport import Memory
 
-_BYTES_PER_MB = 1_000_000
 _MEASURED_STEPS = range(3, 9)
 
 
@@ -74,7 +74,7 @@ class LocalExchange:
         rank, world_size = wiring.topology.rank, wiring.topology.world_size
         agreement = Agreement(rank, world_size, lambda n, dtype: self._allocate(0, n, dtype))
         self._agreement = LaggedAgreement(agreement, self._lanes[0], sync, rank)
-        laid = parameters.lay_out(wiring.model, num_fragments(sync.config), sync.config.bucket_mb * _BYTES_PER_MB)
+        laid = parameters.lay_out(wiring.model, num_fragments(sync.config), bucket_bytes(sync.config.bucket_mb))
         self._fragments = [_Fragment([self._part(section) for section in sections]) for sections in laid]
         self._parts = [part for fragment in self._fragments for part in fragment.parts]
         self._fence: Future[Any] | None = None

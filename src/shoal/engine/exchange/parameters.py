@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from shoal.engine.exchange import flat
 from shoal.strategy.bucket import Piece
+from shoal.strategy.layout import Flat, fragments
 
 
 @dataclass(frozen=True)
@@ -37,16 +38,10 @@ def lay_out(model: nn.Module, num_fragments: int, bucket_bytes: float) -> list[l
     """Move a model's trainable parameters into flat memory.
 
     Returns:
-        For each fragment its sections, in the model's order. Fragments are about equal in bytes, and as many as asked
-        for unless there are fewer parameters; a section is closed at `bucket_bytes`.
+        For each fragment its sections: see `strategy.layout.fragments`.
     """
-    parameters = flat.trainable(model)
-    fragments = _divide(parameters, num_fragments)
-    laid: list[list[Section]] = []
-    for index, fragment in enumerate(fragments):
-        groups = flat.group(fragment, bucket_bytes)
-        laid.append([_lay_out(f"fragment-{index}/{place}", members) for place, members in enumerate(groups)])
-    return laid
+    laid = fragments(flat.trainable(model), num_fragments, bucket_bytes)
+    return [[_take(section) for section in fragment] for fragment in laid]
 
 
 @contextmanager
@@ -65,29 +60,11 @@ def _point(sections: Sequence[Section], memories: Sequence[Tensor]) -> None:
             parameter.data = view
 
 
-def _lay_out(name: str, members: Sequence[flat.NamedParameter]) -> Section:
-    first = members[0][1]
-    starts, total = flat.offsets([p.numel() for _, p in members], first.element_size())
-    values = torch.zeros(total, dtype=first.dtype, device=first.device)
-    pieces = tuple(Piece(start, p.shape) for start, (_, p) in zip(starts, members, strict=True))
-    section = Section(name, values, pieces, tuple(p for _, p in members), tuple(n for n, _ in members))
+def _take(laid: Flat[nn.Parameter]) -> Section:
+    first = laid.parameters[0]
+    values = torch.zeros(laid.num_values, dtype=first.dtype, device=first.device)
+    section = Section(laid.name, values, laid.pieces, laid.parameters, tuple(name for name, _ in laid.named))
     for parameter, view in zip(section.parameters, section.views(values), strict=True):
         view.copy_(parameter.detach())
         parameter.data = view
     return section
-
-
-def _divide(parameters: Sequence[flat.NamedParameter], num_fragments: int) -> list[list[flat.NamedParameter]]:
-    """Cut a list of parameters into consecutive fragments of about equal bytes, none empty."""
-    left, fragments = sum(flat.size_bytes(p) for _, p in parameters), min(num_fragments, len(parameters))
-    divided: list[list[flat.NamedParameter]] = [[]]
-    size = 0
-    for index, (name, parameter) in enumerate(parameters):
-        wanted = fragments - len(divided)  # fragments still to come
-        full = size + flat.size_bytes(parameter) / 2 > left / (wanted + 1)
-        if divided[-1] and wanted and (full or len(parameters) - index == wanted):
-            left, size = left - size, 0
-            divided.append([])
-        divided[-1].append((name, parameter))
-        size += flat.size_bytes(parameter)
-    return divided
