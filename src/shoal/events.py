@@ -12,6 +12,9 @@ needed and `kill -9` loses at most a line that was being written. Every event ha
 | step | every rank | step, epoch, loss (global mean), lr, samples (global), share (this rank's samples), step_s, |
 |  |  | data_s, compute_s (forward and backward), wait_s (for the exchange), optimizer_s, |
 |  |  | bytes_sent (by this rank in this step, on the wire) |
+| rhythm | rank 0 | every, fragments, overlap: of local steps, in steps |
+| consensus | rank 0 | step, distance (root mean square over ranks of the 2-norm from the mean of all replicas) |
+| server_started | every server | address, mode |
 | validation | rank 0 | step, loss, metrics {name: value}, seconds, best (bool) |
 | checkpoint_saved | rank 0 | step, path (relative to the run), size_bytes, stall_s, write_s |
 | checkpoint_failed | rank 0 | step, message |

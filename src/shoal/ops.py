@@ -1,7 +1,8 @@
 """The vocabulary of communication: what a sync algorithm may ask for, as plain records.
 
 A sync writes its exchange once, as a generator that yields these records and receives their results. Who performs
-them is another matter: `engine/communicator.py` on real transports, `wire/inprocess.py` in one process for tests.
+them is another matter: `engine/exchange/communicator.py` on real transports, `wire/inprocess.py` in one process for
+tests.
 
 Groups are named, not held: the interpreter knows which ranks and which transport stand behind a name.
 """
