@@ -13,6 +13,7 @@ memory for it is allocated (ZMQ_MAXMSGSIZE).
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -153,7 +154,9 @@ class Link:
 
     def send(self, header: Header, tensors: Sequence[tuple[str, Tensor]] = ()) -> int:
         """Queue a frame; the tensors must stay as they are until it is answered. Returns its size in bytes."""
-        _send(self.socket, header, tensors)
+        # A server that refuses our key ends the connection for good: `read_events` says so to whoever waits.
+        with contextlib.suppress(zmq.Again):
+            _send(self.socket, header, tensors)
         return sum(tensor.numel() * tensor.element_size() for _, tensor in tensors)
 
     def receive(self) -> Message | None:
