@@ -27,17 +27,19 @@ class UniformCodec(ChunkedCodec):
         self._offset = 0 if bits == 8 else levels
 
     def _quantize(self, chunks: Tensor, num_values: int, key: int) -> tuple[Tensor, Tensor, Tensor]:
-        largest = chunks.abs().amax(dim=-1, keepdim=True).float()  # (rows, c, 1)
+        values = chunks.to(working_dtype(chunks.dtype))
+        scratch = values.abs()  # fresh memory costs more than arithmetic: one piece serves for all that follows
+        largest = scratch.amax(dim=-1, keepdim=True).float()  # (rows, c, 1)
         scale = (largest / self._levels).clamp_(min=_SMALLEST_SCALE)
         if self._stochastic:
-            ratio = chunks * (_SHRINK / scale)
-            level = ratio.add_(uniform(key, ratio.shape, ratio)).floor_()
+            level = torch.mul(values, _SHRINK / scale, out=scratch)
+            level.add_(uniform(key, level.shape, level)).floor_()
         else:
-            level = (chunks * (1 / scale)).round_()
+            level = torch.mul(values, 1 / scale, out=scratch).round_()
         signed = level.to(torch.int8, memory_format=torch.contiguous_format)
         if self._offset:
             signed.add_(self._offset)
-        return scale, signed.view(torch.uint8), level.to(working_dtype(chunks.dtype)).mul_(scale)
+        return scale, signed.view(torch.uint8), level.mul_(scale)
 
     def _restore(self, heads: Tensor, codes: Tensor, dtype: torch.dtype) -> Tensor:
         signed = codes.view(torch.int8)
