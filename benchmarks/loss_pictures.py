@@ -9,6 +9,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from record import Point
 
@@ -31,6 +32,8 @@ def draw(title: str, curves: Mapping[str, Sequence[Point]], x: str) -> bytes:
             if drawn:
                 axes.plot(*zip(*drawn, strict=True), markersize=4, linewidth=1.6, label=name, **style)
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(LogFormatter())
+        axes.xaxis.set_minor_formatter(LogFormatter())
         axes.set_xlabel(_AXES[x])
         axes.set_ylabel("validation loss")
         axes.set_title(title, fontsize=11)

@@ -26,8 +26,9 @@ from shoal.job.target import resolve
 from shoal.launch.lab.lab import Lab
 from shoal.plan import Plan, dump_plan, resolve_plan
 from shoal.plan.schema import StopConfig
-from step_time import EXAMPLE, MODELS
+from step_time import MODELS
 
+JOB = f"{Path(__file__).with_name('charlm_without_sample.py')}:job"
 _ATTEMPTS, _PAUSE_S = 4, 20.0
 CLIP_NORM = 1.0
 
@@ -160,7 +161,7 @@ def train_shoal(plan: Plan, task: Task, lab: str) -> Record:
     def once() -> Record:
         with tempfile.TemporaryDirectory(prefix="shoal-benchmark-") as folder:
             run = Path(folder) / "run"
-            target = resolve(f"{EXAMPLE}:job", MODELS[task.model])
+            target = resolve(JOB, MODELS[task.model])
             shoal.train(target, plan=task.over(plan), on="lab", lab=lab, run=run, progress=False)
             events = read_events(run / "events")
         if any(e.get("reason") == "interrupted" for e in events):
@@ -177,7 +178,7 @@ def train_ddp(task: Task, lab: str) -> Record:
     def once() -> Record:
         with tempfile.TemporaryDirectory(prefix="shoal-benchmark-") as folder, Lab(cluster) as emulated:
             settings = {
-                "job": f"{EXAMPLE}:job",
+                "job": JOB,
                 "set": MODELS[task.model],
                 "plan": dump_plan(resolve_plan(task.over(Plan()), cluster.world_size)),
                 "events": folder,

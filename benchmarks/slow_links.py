@@ -9,7 +9,7 @@ throughput: samples a second of each plan and of DDP on each link, against the s
 round all of them run one after the other. "Of median step" shows the usual step; the rate counts the steps that wait
 for an exchange as well. learning and codecs: all start from the same weights, see the same samples in the same order
 and the same validation windows, and clip at norm 1; a plan that ends above DDP's loss is run again for `--more` times
-the steps, to see when it gets there. codecs also times each plan beside DDP in short alternating runs.
+the steps, to see when it gets there. codecs also times each plan beside DDP in alternating runs of 30 steps at most.
 
 A plan is a name under plans/ or a path. Its batch, clipping, threads, validation and limits are the benchmark's.
 Figures go to benchmarks/results/ after every training, pictures too; with --docs pictures also go to docs/pictures/.
@@ -37,7 +37,8 @@ DDP = "DDP"
 UNLIMITED = "none"
 PLANS = {"throughput": "streaming", "learning": "streaming,streaming-int8", "codecs": "int8,powersgd,topk,onebit"}
 LINKS = {"throughput": "100mbit,10mbit", "learning": "100mbit", "codecs": "100mbit"}
-STEPS = {"throughput": 120, "learning": 300, "codecs": 300}
+STEPS = {"learning": 300, "codecs": 300}
+RATE_STEPS = {"throughput": 120, "codecs": 30}
 
 
 def find_plan(name: str) -> Plan:
@@ -69,7 +70,9 @@ train_once = functools.cache(train)
 def measure_rates(options: argparse.Namespace, part: str, plans: Sequence[str], links: Sequence[str]) -> dict[str, Any]:
     """Rounds of short trainings without validation: "PLAN LINK" -> one set of figures a round."""
     figures: dict[str, Any] = {}
-    steps = STEPS["throughput"] if part != "throughput" or options.steps is None else options.steps
+    steps = RATE_STEPS[part]
+    if options.steps is not None:
+        steps = options.steps if part == "throughput" else min(options.steps, steps)
     for number in range(options.rounds):
         names = [DDP, *plans] if number % 2 == 0 else [*plans, DDP]
         for link in links:
@@ -100,18 +103,14 @@ def throughput(options: argparse.Namespace) -> None:
     plans, links = _names(options, "throughput")
     figures = measure_rates(options, "throughput", plans, [UNLIMITED, *links])
     header = ["system", "link", "H", "MB a step", "samples/s", "of unlimited", "of median step", "times DDP", "note"]
-    rows = [
-        _rate_row(figures, name, link) for link in [UNLIMITED, *links] for name in [DDP, *plans]
-    ]  # fmt: skip
+    rows = [_rate_row(figures, name, link) for link in [UNLIMITED, *links] for name in [DDP, *plans]]
     print(table(header, rows))
 
 
 def _rate_row(figures: dict[str, Any], name: str, link: str) -> list[str]:
     rounds, free = figures[f"{name} {link}"], figures[f"{name} {UNLIMITED}"]
     base = figures[f"{DDP} {link}"]
-    kept = {
-        key: [a[key] / b[key] for a, b in zip(rounds, free, strict=True)] for key in ("rate", "median_rate")
-    }  # fmt: skip
+    kept = {key: [a[key] / b[key] for a, b in zip(rounds, free, strict=True)] for key in ("rate", "median_rate")}
     over = [a["rate"] / b["rate"] for a, b in zip(rounds, base, strict=True)]
     return [
         Path(name).stem,
@@ -164,8 +163,8 @@ def learn(options: argparse.Namespace, part: str) -> dict[str, Any]:
 
 
 _LEARNING = [
-    *("system", "link", "H", "steps", "MB sent", "DDP / it", "s", "DDP / it", "validation loss", "it / DDP"),
-    *("s to DDP's loss", "DDP / it"),
+    *("system", "link", "H", "steps", "MB sent", "MB: DDP / it", "s", "s: DDP / it", "validation loss"),
+    *("loss: it / DDP", "s to DDP's loss", "s to it: DDP / it"),
 ]
 
 
