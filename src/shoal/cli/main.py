@@ -15,6 +15,7 @@ from shoal.errors import ShoalError, nearest
 COMMANDS: Mapping[str, str] = MappingProxyType(
     {
         "train": "Train a job.",
+        "price": "Say what a plan would send, without a run.",
         "secrets": "Make keys for parameter servers.",
         "report": "Show what happened in a run.",
         "doctor": "Say what this machine can do.",

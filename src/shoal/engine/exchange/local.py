@@ -24,12 +24,10 @@ from shoal.ops import NODE, WORLD
 from shoal.strategy.bucket import Bucket
 from shoal.strategy.codec.feedback import Coder
 from shoal.strategy.layout import bucket_bytes
-from shoal.strategy.sync.local import LocalSync, Rhythm, least_every, num_fragments, outer_step, rhythm
+from shoal.strategy.sync.local import MEASURED_STEPS, LocalSync, Rhythm, least_every, num_fragments, outer_step, rhythm
 from shoal.wire.collectives import sum_over_world
 from shoal.wire.traffic import Traffic, total
 from shoal.wire.transport import Memory
-
-_MEASURED_STEPS = range(3, 9)
 
 
 @dataclass
@@ -269,10 +267,10 @@ class LocalExchange:
     def _measure(self) -> None:
         """Time the first steps and one exchange, and settle how often to exchange. Collective at the last of them."""
         now = time.perf_counter()
-        if self._step in _MEASURED_STEPS:
+        if self._step in MEASURED_STEPS:
             self._measured_s.append(now - self._last_t)
         self._last_t = now
-        if self._step < _MEASURED_STEPS.stop - 1:
+        if self._step < MEASURED_STEPS.stop - 1:
             return
         self._base = self._step
         exchange_s = self._time_exchange()

@@ -25,6 +25,8 @@ from shoal.strict_toml import STRICT
 
 Count = Annotated[int, pydantic.Field(ge=1, le=1_000_000)]
 _AUTO_FRAGMENTS = 4
+MEASURED_STEPS = range(3, 9)
+"""Where H is "auto": the steps that are timed; after the last of them the largest fragment is exchanged, to time it."""
 
 
 @dataclass(frozen=True, kw_only=True)
