@@ -17,10 +17,18 @@ from shoal.data.order import shuffled
 from shoal.engine import random_state
 from shoal.errors import WorkerFailedError
 from shoal.job.target import resolve
+from shoal.ops import WORLD
+from shoal.strategy.sync.parameter_server import ParameterServerConfig, ParameterServerSync
+from shoal.strategy.topology import Topology
 from training_runs import events_of, final_state, final_tensors, train_on
 
 TARGET = str(Path(__file__).parents[1] / "jobs" / "reference.py") + ":job"
 SGD = ["optimizer=sgd"]
+
+
+def test_workers_agree_among_themselves_over_one_lane() -> None:
+    sync = ParameterServerSync(ParameterServerConfig(), None, Topology(0, ("a", "b")))
+    assert (sync.num_lanes("cpu"), sync.groups) == (1, {WORLD})
 
 
 def reference(shares: tuple[float, ...], steps: int = STEPS) -> dict[str, Tensor]:

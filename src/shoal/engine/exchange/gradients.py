@@ -86,7 +86,8 @@ class GradientExchange:
 
     def clip(self, max_norm: float) -> float:
         """Scale the reduced gradients down to `max_norm`; return their norm before that."""
-        exchange = clip(self._buckets.buckets, max_norm, self._square, shared=self._sync.hierarchical)
+        shared = self._sync.hierarchical and self._square.source.data_ptr() != self._square.target.data_ptr()
+        exchange = clip(self._buckets.buckets, max_norm, self._square, shared=shared)
         return float(self._lanes[0].wait(self._lanes[0].submit(exchange)))
 
     def install(self) -> None:
