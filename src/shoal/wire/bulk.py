@@ -34,6 +34,8 @@ _HEARTBEAT_MS = 2000
 _SILENCE_MS = 10000
 _REFUSALS = 3  # handshakes that must fail before a key counts as wrong: a server that is just dying fails one, too
 
+_STRANGER_S = 5.0  # a server that never let us in for so long, and failed one handshake, is not one that is just dying
+
 Dropped = Callable[[str], None]
 
 
@@ -145,7 +147,8 @@ class Link:
     @property
     def refused(self) -> bool:
         """Whether the server is there, but one side does not accept the other's key."""
-        return not self.connected and self.refusals >= _REFUSALS
+        enough = _REFUSALS if self.ever_connected or self.down_s < _STRANGER_S else 1
+        return not self.connected and self.refusals >= enough
 
     @property
     def down_s(self) -> float:
