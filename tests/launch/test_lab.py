@@ -83,9 +83,26 @@ with lab.Lab(parse_lab("nodes=2,link=100mbit,cpu=0.2")) as it:
 """
 
 
+_parents: list[subprocess.Popen[str]] = []
+
+
 def in_python(program: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", program]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    _parents.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True))
+    return _parents[-1]
+
+
+@pytest.fixture(autouse=True)
+def nothing_outlives_a_test_that_failed() -> Iterator[None]:
+    """Also one that ran out of time while its parent process held a lab."""
+    yield
+    parents = [parent for parent in _parents if parent.poll() is None]
+    _parents.clear()
+    for parent in parents:
+        parent.kill()
+        parent.wait()
+    if parents:
+        sweep.sweep()
 
 
 def started(then: str) -> tuple[subprocess.Popen[str], str, int]:
