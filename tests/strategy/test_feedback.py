@@ -40,7 +40,8 @@ class Cluster:
         self.coders = [make_coder(kind, view.rank, settings) for view in self.views]
         self.sums = [Summation(v, c, form, LIBRARY) for v, c in zip(self.views, self.coders, strict=True)]
         columns = num_values // 40
-        self.pieces = (Piece(num_values - 40 * columns, torch.Size([40, columns])),)
+        vector = num_values - 40 * columns
+        self.pieces = (Piece(0, torch.Size([vector])), Piece(vector, torch.Size([40, columns])))
 
     def step(self, given: Tensor) -> list[Tensor]:
         """What each rank receives when rank r gives given[r]."""

@@ -32,6 +32,11 @@ def check(plan: Plan, world_size: int) -> None:
             f"codec {plan.codec.kind} does not fit sync {plan.sync.kind}: {reason.format(codec=plan.codec.kind)}; take "
             f"{' or '.join(_sound(plan.sync.kind))}"
         )
+    if plan.codec.variance_every and plan.sync.kind != "allreduce":
+        raise PlanError(
+            f"codec.variance_every does not fit sync {plan.sync.kind}: it holds Adam's second moment still while "
+            "gradients are summed in every step; take sync allreduce, or leave it out"
+        )
     for kind, verify in _CHECKS.items():
         if plan.sync.kind == kind:
             verify(plan, world_size)

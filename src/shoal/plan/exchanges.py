@@ -157,11 +157,14 @@ def _coded(
     times: int,
     start: Callable[[Summation, Bucket], Exchange] = lambda sync, bucket: sync.exchange(bucket),
 ) -> Iterator[Occasion]:
-    """A bucket's exchanges with the plan's codec: those of its warm-up, then the others."""
-    warmup = min(times, case.plan.codec.warmup_steps) if case.plan.codec.kind != "none" else 0
-    for name, begun, count in ((f"{bucket.name}, warm-up", 0, warmup), (bucket.name, warmup, times - warmup)):
-        if count:
-            yield Occasion(name, count, [start(sync, bucket) for sync in _syncs(case, {bucket.name: begun})])
+    """A bucket's exchanges with the plan's codec: those that it compresses, and the others."""
+    options = case.plan.codec
+    compressed = [options.kind != "none" and options.compresses(count) for count in range(1, times + 1)]
+    for name, which in ((f"{bucket.name}, uncompressed", False), (bucket.name, True)):
+        if which in compressed:
+            begun = {bucket.name: compressed.index(which)}
+            exchanges = [start(sync, bucket) for sync in _syncs(case, begun)]
+            yield Occasion(name if options.kind != "none" else bucket.name, compressed.count(which), exchanges)
 
 
 def _exact(case: Case, bucket: Bucket, times: int, suffix: str = "") -> Occasion:

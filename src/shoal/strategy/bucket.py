@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Self
 
@@ -42,6 +43,13 @@ class Bucket:
     target: Tensor
     portion: slice
     pieces: tuple[Piece, ...] = ()
+
+    @functools.cached_property
+    def gaps(self) -> tuple[slice, ...]:
+        """Places among the values that belong to no parameter: they are kept at zero."""
+        starts = [piece.offset for piece in self.pieces] + [self.num_values]
+        ends = [0] + [piece.offset + piece.shape.numel() for piece in self.pieces]
+        return tuple(slice(end, start) for end, start in zip(ends, starts, strict=True) if self.pieces and end < start)
 
     @classmethod
     def over(cls, name: str, memory: Memory, num_values: int, pieces: tuple[Piece, ...] = ()) -> Self:

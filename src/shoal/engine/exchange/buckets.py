@@ -12,7 +12,7 @@ as it would on a single process, so that the optimizer passes it over.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +40,7 @@ class _Slot:
     bucket: int
     source: Tensor
     target: Tensor
+    offset: int
     filled: bool = False
     counted: bool = False
 
@@ -105,6 +106,10 @@ class GradientBuckets:
             slot.parameter.grad = slot.target if count > 0 else None
         return sum(count > 0 for count in used)
 
+    def views(self, memories: Sequence[Tensor]) -> list[tuple[nn.Parameter, Tensor]]:
+        """Each parameter with its place in other memory that is laid out like the buckets' values."""
+        return [(s.parameter, flat.view_like(s.parameter, memories[s.bucket], s.offset)) for s in self._slots]
+
     def close(self) -> None:
         """Take the hooks off the parameters."""
         for hook in self._hooks:
@@ -116,7 +121,7 @@ class GradientBuckets:
         self.buckets.append(bucket)
         for (name, p), piece in zip(laid.named, laid.pieces, strict=True):
             source, target = (flat.view_like(p, whole, piece.offset) for whole in (bucket.source, bucket.target))
-            self._slots.append(_Slot(name, p, index, source, target))
+            self._slots.append(_Slot(name, p, index, source, target, piece.offset))
 
     def _hook(self, slot: _Slot) -> Callable[[Tensor], None]:
         def on_gradient(parameter: Tensor) -> None:

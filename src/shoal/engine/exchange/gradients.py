@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from shoal.data.loader import Batch
+from shoal.engine.exchange.adam import CompressedAdam
 from shoal.engine.exchange.agreement import Agreement, Verdict
 from shoal.engine.exchange.base import Wiring, copied
 from shoal.engine.exchange.buckets import GradientBuckets
@@ -43,8 +44,12 @@ class GradientExchange:
         allocate = functools.partial(self._allocate, 0)
         self._agreement = Agreement(rank, world_size, allocate)
         self._square = Bucket.over("clipping", allocate(1, torch.float64), 1)
+        self._adam: CompressedAdam | None = None
+        if coder is not None and coder.options.variance_every and sync.codec_acts:
+            self._adam = CompressedAdam(wiring.optimizer, self._buckets, coder)
         self._in_flight: list[tuple[Lane, Future[Any]]] = []
         self._fence: Future[Any] | None = None
+        self._norm = 0.0
 
     @property
     def traffic(self) -> Traffic:
@@ -86,9 +91,14 @@ class GradientExchange:
 
     def clip(self, max_norm: float) -> float:
         """Scale the reduced gradients down to `max_norm`; return their norm before that."""
+        if self._adam is not None and self._adam.compressed:
+            return self._norm  # momentum has arrived, clipped already
         shared = self._sync.hierarchical and self._square.source.data_ptr() != self._square.target.data_ptr()
         exchange = clip(self._buckets.buckets, max_norm, self._square, shared=shared)
-        return float(self._lanes[0].wait(self._lanes[0].submit(exchange)))
+        self._norm = float(self._lanes[0].wait(self._lanes[0].submit(exchange)))
+        if self._adam is not None:
+            self._adam.clipped(self._norm, max_norm)
+        return self._norm
 
     def install(self) -> None:
         """Make the reduced gradients the parameters' `grad`.
@@ -118,12 +128,15 @@ class GradientExchange:
 
     def state_dict(self) -> dict[str, Any]:
         """What the codec has to remember."""
-        return {"coder": copied(self._coder.state_dict())} if self._coder else {}
+        state = {"coder": copied(self._coder.state_dict())} if self._coder else {}
+        return state | ({"adam": self._adam.state_dict()} if self._adam else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`'s value."""
         if self._coder is not None and state:
             self._coder.load_state_dict(state["coder"])
+        if self._adam is not None and "adam" in state:
+            self._adam.load_state_dict(state["adam"])
 
     def settle(self) -> None:
         """Nothing is under way between meetings."""
@@ -131,6 +144,8 @@ class GradientExchange:
     def close(self) -> None:
         """End the communication threads and their transports."""
         self._buckets.close()
+        if self._adam is not None:
+            self._adam.close()
         for lane in self._lanes:
             lane.close()
 

@@ -33,11 +33,19 @@ class CodecOptions:
     Attributes:
         warmup_steps: the first so many exchanges of each bucket go uncompressed.
         error_feedback: keep what the codec lost and add it to the next values; default: where the codec is biased.
+        variance_every: for Adam and AdamW under all-reduce: exchange compressed momentum, and learn the second moment
+            in every so many steps, which go uncompressed (0/1 Adam, Lu et al. 2022); 0 compresses gradients.
     """
 
     __pydantic_config__: ClassVar = STRICT
     warmup_steps: Annotated[int, pydantic.Field(ge=0)] = 0
     error_feedback: bool | None = None
+    variance_every: Annotated[int, pydantic.Field(ge=0)] = 0
+
+    def compresses(self, count: int) -> bool:
+        """Whether exchange number `count` of a bucket, from 1, is compressed."""
+        first = max(self.warmup_steps, 1 if self.variance_every else 0)
+        return count > first and not (self.variance_every and count % self.variance_every == 0)
 
 
 class Codec(Protocol):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from shoal.strategy.bucket import Piece
 from shoal.strategy.codec.base import Codec, CodecOptions, EchoingCodec, LinearCodec, Projection
+from shoal.strategy.codec.momentum import Momentum
 
 _RESIDUAL = "residual"
 
@@ -26,17 +27,23 @@ class Coder:
 
     def __init__(self, codec: Codec, options: CodecOptions, *, rank: int = 0, seed: int = 0) -> None:
         self.codec = codec
-        self._warmup = options.warmup_steps
+        self.options = options
         self._feedback = codec.biased if options.error_feedback is None else options.error_feedback
         self._rank = rank
         self._seed = seed
         self._counts: dict[str, int] = {}
         self._memory: dict[str, dict[str, Tensor]] = {}
+        self.momenta: dict[str, Momentum] = {}
+        """By bucket: what to exchange in place of gradients where the codec works with Adam. Not part of the state."""
 
     def begin(self, name: str) -> bool:
-        """Begin an exchange of the bucket `name`; return whether to compress (not during the warm-up)."""
-        count = self._counts[name] = self._counts.get(name, 0) + 1
-        return count > self._warmup
+        """Begin an exchange of the bucket `name`; return whether to compress."""
+        self._counts[name] = self._counts.get(name, 0) + 1
+        return self.compresses(name)
+
+    def compresses(self, name: str) -> bool:
+        """Whether the exchange of the bucket `name` that was begun last is compressed."""
+        return self.options.compresses(self._counts.get(name, 0))
 
     def encode(self, name: str, values: Tensor, *, stage: str = "own") -> Tensor:
         """Encode rows of values, shape (rows, n), with what was lost before; remember what is lost now."""

@@ -6,7 +6,8 @@ per node crosses the network, so each byte leaves a node once however many ranks
 
 A linear codec's projections are summed as they are. Any other is applied as reduce-scatter, then all-gather, both of
 encoded values with the sum in full precision in between; every rank decodes the same bytes, so replicas stay
-bit-identical. Error feedback stands at both encodings, as in DoubleSqueeze (Tang et al. 2019).
+bit-identical. Error feedback stands at both encodings, as in DoubleSqueeze (Tang et al. 2019). Where the coder holds
+a momentum for a bucket, that is what is exchanged in place of its gradients.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 from shoal.ops import LEADERS, NODE, WORLD, AllGather, AllReduce, AllToAll, Barrier, Broadcast, Exchange
 from shoal.strategy.bucket import Bucket
 from shoal.strategy.codec.feedback import Coder
+from shoal.strategy.codec.momentum import Momentum
 from shoal.strategy.sync.algorithms import ALGORITHMS, Algorithm
 from shoal.strategy.topology import Topology
 
@@ -46,6 +48,11 @@ class Summation:
         """Whether anything leaves this rank's machine."""
         return bool(self.groups & {WORLD, LEADERS})
 
+    @property
+    def codec_acts(self) -> bool:
+        """Whether there is a codec and a network for it."""
+        return self._coder is not None and self.crosses_network and self._topology.world_size > 1
+
     def fence(self) -> Exchange:
         """Before sources are written again: wait until no rank of the node still reads the last results."""
         if self.hierarchical:
@@ -53,7 +60,8 @@ class Summation:
 
     def exchange(self, bucket: Bucket) -> Exchange:
         """Sum `bucket.source` over all ranks into `bucket.target`."""
-        yield from self._exchange(bucket, self._coder)
+        compress = self.codec_acts and self._coder is not None and self._coder.begin(bucket.name)
+        yield from self._exchange(bucket, self._coder if compress else None)
 
     def exchange_exact(self, bucket: Bucket) -> Exchange:
         """The same without the codec: for counts and flags, which must arrive as they are."""
@@ -72,9 +80,9 @@ class Summation:
     def _sum(self, bucket: Bucket, source: Tensor, group: str, coder: Coder | None) -> Exchange:
         """Sum `source` (the bucket's, or what its node has summed already) over a group into the bucket's target."""
         members = self._topology.members(group)
-        if len(members) > 1 and coder is not None and coder.begin(bucket.name):
+        if len(members) > 1 and coder is not None:
             if coder.codec.linear:
-                yield from _projected_sum(bucket, source, group, coder)
+                yield from _projected_sum(bucket, source, group, len(members), coder)
             else:
                 yield from _encoded_sum(bucket, source, group, len(members), coder)
         elif self._algorithm == "library" or len(members) == 1:
@@ -86,10 +94,13 @@ class Summation:
             yield from ALGORITHMS[self._algorithm](bucket.target, group, index, len(members))
 
 
-def _projected_sum(bucket: Bucket, source: Tensor, group: str, coder: Coder) -> Exchange:
+def _projected_sum(bucket: Bucket, source: Tensor, group: str, size: int, coder: Coder) -> Exchange:
     """The flags ride with the first projection."""
     flags = source[bucket.num_values :].clone()
-    projection = coder.project(bucket.name, source[: bucket.num_values], bucket.pieces)
+    momentum, values = coder.momenta.get(bucket.name), source[: bucket.num_values]
+    if momentum is not None:
+        values = momentum.part(values, size)
+    projection = coder.project(bucket.name, values, bucket.pieces)
     riding = flags
     try:
         projected = next(projection)
@@ -103,11 +114,14 @@ def _projected_sum(bucket: Bucket, source: Tensor, group: str, coder: Coder) -> 
             projected = projection.send(None)
     except StopIteration as stop:
         total, _ = stop.value
-        bucket.target[: bucket.num_values] = total
+        _put(bucket, total, momentum)
 
 
 def _encoded_sum(bucket: Bucket, source: Tensor, group: str, size: int, coder: Coder) -> Exchange:
     values, flags = source[: bucket.num_values], (source[bucket.num_values :] > 0).to(torch.uint8)
+    momentum = coder.momenta.get(bucket.name)
+    if momentum is not None:
+        values = momentum.part(values, size)
     length = -(-values.numel() // size)
     rows = torch.nn.functional.pad(values, (0, size * length - values.numel())).view(size, length)
     encoded = coder.encode(bucket.name, rows)  # (size, bytes)
@@ -115,5 +129,15 @@ def _encoded_sum(bucket: Bucket, source: Tensor, group: str, size: int, coder: C
     parts = coder.decode(received[:, : encoded.shape[1]].contiguous(), length, source)
     mine = parts.sum(dim=0, keepdim=True)
     gathered = yield AllGather(coder.encode(bucket.name, mine, stage="sum")[0], group)
-    bucket.target[: bucket.num_values] = coder.decode(gathered, length, source).flatten()[: bucket.num_values]
+    _put(bucket, coder.decode(gathered, length, source).flatten()[: bucket.num_values], momentum)
     bucket.target[bucket.num_values :] = received[:, encoded.shape[1] :].sum(dim=0)
+
+
+def _put(bucket: Bucket, total: Tensor, momentum: Momentum | None) -> None:
+    target = bucket.target[: bucket.num_values]
+    if momentum is None:
+        target.copy_(total)
+    else:
+        torch.mul(total, momentum.units, out=target)
+    for gap in bucket.gaps:  # a codec may decode a zero to something else
+        target[gap] = 0
