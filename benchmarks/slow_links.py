@@ -271,7 +271,7 @@ def main() -> None:
     parser.add_argument("--links", help=f"such as 100mbit,10mbit, or {UNLIMITED}; default: each part's own")
     parser.add_argument("--steps", type=int, help="of a training; default: 120 for throughput, else 300")
     parser.add_argument("--model", default="3M")
-    parser.add_argument("--batch", type=int, default=32, help="samples of a step over all ranks")
+    parser.add_argument("--batch", type=int, default=8, help="samples of a step over all ranks")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=3, help="of throughput, and of the codecs' timing")
     parser.add_argument("--warm-up", type=int, default=24, help="steps that do not count for a plan's throughput")

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from shoal.errors import ShoalError
 from shoal.plan import parse_plan
-from shoal.strategy.bucket import Piece
-from shoal.strategy.codec import make_codec
+from shoal.plan.parts import build_coder
 from shoal.strategy.codec.feedback import Coder
-from shoal.strategy.layout import gradient_buckets
+from shoal.strategy.layout import Flat, gradient_buckets
+from shoal.strategy.topology import topologies
 from training_runs import events_of, final_state, final_tensors, train_on
 
 EVERY, WARM_UP = 4, 3
@@ -33,8 +33,8 @@ class Reference:
     """All ranks in one process: own buckets, own Adam, the project's codecs."""
 
     def __init__(self, kind: str, num_ranks: int) -> None:
-        config = parse_plan(f"[codec]\n{codec_text(kind)}", origin="test").codec
-        self.coders = [Coder(make_codec(config), config, rank=rank, seed=5) for rank in range(num_ranks)]
+        plan = parse_plan(f"seed = 5\n[codec]\n{codec_text(kind)}", origin="test")
+        self.coders = [build_coder(plan, view) for view in topologies("abcd"[:num_ranks])]
         self.replica = Replica(0)
         named = [(n, p) for n, p in self.replica.model.named_parameters() if p.requires_grad]
         self.laid = gradient_buckets(named, 500)
@@ -52,7 +52,7 @@ class Reference:
             for bucket in self.laid:
                 coder.begin(bucket.name)
         if exact:
-            self.learn({p: sum(own[p] for own in gradients if p in own) for p in used})
+            self.learn(self.sums(gradients, rounded=number > WARM_UP))
         else:
             for bucket in self.laid:
                 self.take_compressed(bucket, gradients)
@@ -69,6 +69,30 @@ class Reference:
             (self.replica.job.loss(self.replica.model, data) * len(samples) / batch).backward()
         return {p: p.grad.clone() for p in self.mean if p.grad is not None}
 
+    def sums(
+        self, gradients: list[dict[torch.nn.Parameter, Tensor]], *, rounded: bool
+    ) -> dict[torch.nn.Parameter, Tensor]:
+        total = {
+            p: sum(own[p] for own in gradients if p in own) for p in self.mean if any(p in own for own in gradients)
+        }
+        if rounded:
+            eights = [coder.learning for coder in self.coders]
+            for bucket in self.laid:
+                flat = self.sum(bucket.name, [self.flat(bucket, own) for own in gradients], eights)
+                total |= {p: value for p, value in self.parts(bucket, flat) if p in total}
+        return total
+
+    def flat(self, bucket: Flat, values: dict[torch.nn.Parameter, Tensor]) -> Tensor:
+        out = torch.zeros(bucket.num_values, dtype=torch.float64)
+        for p, piece in zip(bucket.parameters, bucket.pieces, strict=True):
+            if p in values:
+                out[piece.offset : piece.offset + p.numel()] = values[p].flatten()
+        return out
+
+    def parts(self, bucket: Flat, flat: Tensor) -> list[tuple[torch.nn.Parameter, Tensor]]:
+        pairs = zip(bucket.parameters, bucket.pieces, strict=True)
+        return [(p, flat[piece.offset : piece.offset + p.numel()].view_as(p).clone()) for p, piece in pairs]
+
     def learn(self, total: dict[torch.nn.Parameter, Tensor]) -> None:
         norm = torch.stack([g.square().sum() for g in total.values()]).sum().sqrt().item()
         self.factor = min(1.0, CLIP_NORM / (norm + 1e-6))
@@ -81,36 +105,27 @@ class Reference:
             self.variance[p] = (b2 * before + (1 - b2) * clipped**2) / (1 - b2 ** (self.steps[p] + 1))
             self.learned[p] = 1
 
-    def take_compressed(self, bucket: object, gradients: list[dict[torch.nn.Parameter, Tensor]]) -> None:
-        n, num_ranks = bucket.num_values, len(gradients)
-
-        def flat(values: dict[torch.nn.Parameter, Tensor]) -> Tensor:
-            out = torch.zeros(n, dtype=torch.float64)
-            for p, piece in zip(bucket.parameters, bucket.pieces, strict=True):
-                if p in values:
-                    out[piece.offset : piece.offset + p.numel()] = values[p].flatten()
-            return out
-
-        root = flat(self.variance).sqrt()
+    def take_compressed(self, bucket: Flat, gradients: list[dict[torch.nn.Parameter, Tensor]]) -> None:
+        root = self.flat(bucket, self.variance).sqrt()
         units = root.clamp(min=max(1e-3 * root.square().mean().sqrt().item(), torch.finfo(root.dtype).tiny))
-        b1 = 0.9
-        parts = [(b1 / num_ranks * flat(self.mean) + (1 - b1) * self.factor * flat(own)) / units for own in gradients]
-        total = self.sum(bucket.name, parts, bucket.pieces) * units
+        b1, mean = 0.9, self.flat(bucket, self.mean)
+        kept = b1 / len(gradients) * mean
+        parts = [(kept + (1 - b1) * self.factor * self.flat(bucket, own)) / units for own in gradients]
         flags = {p for own in gradients for p in own}
-        for p, piece in zip(bucket.parameters, bucket.pieces, strict=True):
+        for p, value in self.parts(bucket, self.sum(bucket.name, parts, self.coders) * units):
             if p in flags and self.learned[p]:
-                self.mean[p] = total[piece.offset : piece.offset + p.numel()].view_as(p).clone()
+                self.mean[p] = value
 
-    def sum(self, name: str, parts: list[Tensor], pieces: tuple[Piece, ...]) -> Tensor:
+    def sum(self, name: str, parts: list[Tensor], coders: list[Coder]) -> Tensor:
         length = -(-len(parts[0]) // len(parts))
         pad = (0, length * len(parts) - len(parts[0]))
         rows = [torch.nn.functional.pad(part, pad).view(len(parts), length) for part in parts]
         summed = torch.zeros_like(rows[0])
-        for coder, own in zip(self.coders, rows, strict=True):
+        for coder, own in zip(coders, rows, strict=True):
             summed += coder.decode(coder.encode(name, own), length, own)
         back = [
             coder.decode(coder.encode(name, row[None], stage="sum"), length, row)
-            for coder, row in zip(self.coders, summed, strict=True)
+            for coder, row in zip(coders, summed, strict=True)
         ]
         return torch.cat(back).flatten()[: len(parts[0])]
 

@@ -158,13 +158,17 @@ def _coded(
     start: Callable[[Summation, Bucket], Exchange] = lambda sync, bucket: sync.exchange(bucket),
 ) -> Iterator[Occasion]:
     """A bucket's exchanges with the plan's codec: those that it compresses, and the others."""
-    options = case.plan.codec
-    compressed = [options.kind != "none" and options.compresses(count) for count in range(1, times + 1)]
-    for name, which in ((f"{bucket.name}, uncompressed", False), (bucket.name, True)):
-        if which in compressed:
-            begun = {bucket.name: compressed.index(which)}
-            exchanges = [start(sync, bucket) for sync in _syncs(case, begun)]
-            yield Occasion(name if options.kind != "none" else bucket.name, compressed.count(which), exchanges)
+    options, plain = case.plan.codec, case.plan.codec.kind == "none"
+
+    def way(count: int) -> str:
+        if plain or options.compresses(count):
+            return bucket.name
+        return f"{bucket.name}, {'second moment' if options.learns(count) else 'uncompressed'}"
+
+    ways = [way(count) for count in range(1, times + 1)]
+    for name, count in Counter(ways).items():
+        begun = {bucket.name: ways.index(name)}
+        yield Occasion(name, count, [start(sync, bucket) for sync in _syncs(case, begun)])
 
 
 def _exact(case: Case, bucket: Bucket, times: int, suffix: str = "") -> Occasion:

@@ -34,7 +34,7 @@ class CodecOptions:
         warmup_steps: the first so many exchanges of each bucket go uncompressed.
         error_feedback: keep what the codec lost and add it to the next values; default: where the codec is biased.
         variance_every: for Adam and AdamW under all-reduce: exchange compressed momentum, and learn the second moment
-            in every so many steps, which go uncompressed (0/1 Adam, Lu et al. 2022); 0 compresses gradients.
+            in every so many steps, whose gradients go as int8 (after 0/1 Adam, Lu et al. 2022); 0 compresses gradients.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -43,9 +43,13 @@ class CodecOptions:
     variance_every: Annotated[int, pydantic.Field(ge=0)] = 0
 
     def compresses(self, count: int) -> bool:
-        """Whether exchange number `count` of a bucket, from 1, is compressed."""
+        """Whether the codec acts on exchange number `count` of a bucket, from 1."""
         first = max(self.warmup_steps, 1 if self.variance_every else 0)
         return count > first and not (self.variance_every and count % self.variance_every == 0)
+
+    def learns(self, count: int) -> bool:
+        """Whether that exchange is one for the second moment, after the warm-up."""
+        return bool(self.variance_every) and count > self.warmup_steps and not self.compresses(count)
 
 
 class Codec(Protocol):

@@ -25,8 +25,12 @@ _RESIDUAL = "residual"
 class Coder:
     """A codec as one rank uses it. Names are those of buckets and stages; each is used by one thread at a time."""
 
-    def __init__(self, codec: Codec, options: CodecOptions, *, rank: int = 0, seed: int = 0) -> None:
+    def __init__(
+        self, codec: Codec, options: CodecOptions, *, rank: int = 0, seed: int = 0, learning: Coder | None = None
+    ) -> None:
+        """`learning`: encodes gradients for Adam's second moment, where `options` ask for that; it keeps no state."""
         self.codec = codec
+        self.learning = learning
         self.options = options
         self._feedback = codec.biased if options.error_feedback is None else options.error_feedback
         self._rank = rank
@@ -40,6 +44,12 @@ class Coder:
         """Begin an exchange of the bucket `name`; return whether to compress."""
         self._counts[name] = self._counts.get(name, 0) + 1
         return self.compresses(name)
+
+    def choose(self, name: str) -> Coder | None:
+        """Begin an exchange of the bucket `name`; return who encodes it; None if it goes as it is."""
+        if self.begin(name):
+            return self
+        return self.learning if self.options.learns(self._counts[name]) else None
 
     def compresses(self, name: str) -> bool:
         """Whether the exchange of the bucket `name` that was begun last is compressed."""

@@ -60,8 +60,8 @@ class Summation:
 
     def exchange(self, bucket: Bucket) -> Exchange:
         """Sum `bucket.source` over all ranks into `bucket.target`."""
-        compress = self.codec_acts and self._coder is not None and self._coder.begin(bucket.name)
-        yield from self._exchange(bucket, self._coder if compress else None)
+        coder = self._coder if self.codec_acts else None
+        yield from self._exchange(bucket, coder.choose(bucket.name) if coder is not None else None)
 
     def exchange_exact(self, bucket: Bucket) -> Exchange:
         """The same without the codec: for counts and flags, which must arrive as they are."""
