@@ -38,6 +38,7 @@ from shoal.job.target import Target, code_of
 from shoal.plan import Plan, load_plan, plan_hash
 from shoal.run import Run
 from shoal.strategy.topology import Topology
+from shoal.wire.blocks import keep_large_blocks
 from shoal.wire.rendezvous import Identity, Membership, identity_from, join, leave, start_collectives
 
 
@@ -79,6 +80,7 @@ def _work(run: Run, identity: Identity, log: EventLog, *, resume: bool) -> None:
     topology = Topology(identity.rank, membership.nodes)
     device = build.choose_device(plan.compute, topology)
     build.set_threads(plan.compute, topology)
+    keep_large_blocks()
     start_collectives(membership, device)
     context = _Context(run, plan, target, membership, topology, device, log)
     job = target.load()

@@ -1,7 +1,8 @@
 """Large blocks of memory stay with the process once they are there.
 
-ZeroMQ allocates the memory of every message anew. glibc gives blocks of such a size back to the system at once, so
-each message would pay for fresh pages again: on loopback that halves the rate (docs/performance.md).
+ZeroMQ allocates the memory of every message anew, codecs and backward that of their results. glibc gives large blocks
+back to the system at once, so each would pay for fresh pages again: on loopback that halves ZeroMQ's rate
+(docs/performance.md), and it costs a step with a codec about a twentieth.
 """
 
 from __future__ import annotations

@@ -51,5 +51,5 @@ class OneBitCodec(ChunkedCodec):
         return heads, codes, self._restore(heads, codes, dtype)
 
     def _restore(self, heads: Tensor, codes: Tensor, dtype: torch.dtype) -> Tensor:
-        middle, half = heads.to(dtype).split(1, dim=-1)
-        return torch.where(codes.view(torch.bool), middle - half, middle + half)
+        middle, half = heads.split(1, dim=-1)
+        return codes.to(dtype).mul_(-2).add_(1).mul_(half).add_(middle)
