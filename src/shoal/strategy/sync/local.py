@@ -91,10 +91,13 @@ def rhythm(config: LocalConfig, every: int, fragments: int) -> Rhythm:
     return Rhythm(every, fragments, overlap if every > 1 else 0)
 
 
-def least_every(exchange_s: float, step_s: float, fragments: int, *, spare: float = 1.3, most: int = 512) -> int:
-    """The least H at which exchanges that take `exchange_s` in all keep up with steps of `step_s`."""
+def least_every(exchange_s: float, step_s: float, fragments: int, *, spare: float = 2.0, most: int = 512) -> int:
+    """The least H at which exchanges that take `exchange_s` in all keep up with steps of `step_s`.
+
+    `spare`: one timed exchange tells little of the slowest to come, nor of ranks that are not ready at once.
+    """
     needed = -(-spare * exchange_s // max(step_s, 1e-9))
-    return int(min(max(needed, 2 * fragments, 8), max(most, fragments)))
+    return int(min(max(needed, fragments), max(most, fragments)))
 
 
 class LocalSync(Summation):
