@@ -64,9 +64,9 @@ def by_shoal(num_values: int, piece_bytes: int) -> Iterator[Round]:
 
         def one_round(update: torch.Tensor) -> torch.Tensor:
             nonlocal clock
-            pushed = client.push({"weight": update.view(shape)}, clock)
+            pushed, pulled = client.push_pull({"weight": update.view(shape)}, clock, into={"weight": values})
             clock += 1
-            client.pull(["weight"], clock, into={"weight": values}).result()
+            pulled.result()
             pushed.result()
             return values
 

@@ -24,7 +24,7 @@ from shoal.strategy.bucket import Bucket
 from shoal.strategy.layout import Flat, bucket_bytes
 from shoal.strategy.sync.allreduce import AllReduceConfig
 from shoal.strategy.sync.gossip import GossipConfig, GossipSync
-from shoal.strategy.sync.local import MEASURED_STEPS, LocalConfig, Rhythm, num_fragments, rhythm
+from shoal.strategy.sync.local import MEASURED_STEPS, TIMED_EXCHANGES, LocalConfig, Rhythm, num_fragments, rhythm
 from shoal.strategy.sync.summation import Summation
 from shoal.strategy.topology import Topology
 from shoal.wire.transport import Memory, private_memory
@@ -133,7 +133,7 @@ def _departures(case: Case, config: LocalConfig, laid: Sequence[Sequence[Flat[Te
     if case.steps < measured:
         return Counter()
     sizes = [sum(section.num_values for section in fragment) for fragment in laid]
-    first = Counter([sizes.index(max(sizes))])
+    first = Counter({sizes.index(max(sizes)): TIMED_EXCHANGES})
     if case.steps == measured:
         return first
     if case.every is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -109,14 +109,20 @@ class ServerClient:
         Returns:
             Done when every holder has acknowledged: it survives the loss of one server then, if there are replicas.
         """
-        requests = []
-        for group in self._routing.grouped(tensors, PIECE_BYTES, _MAX_KEYS):
-            parts = [(piece.key, self._routing.cut(piece, tensors[piece.parameter])) for piece in group]
-            if coder is not None:
-                parts = [(key, _encoded(coder, key, update)) for key, update in parts]
-            header = self._header(Operation.PUSH, clock, sequence=next(self._sequences))
-            requests.append(Request(header, parts, self._routing.holders(group[0]), f"the push of {_names(group)}"))
-        return self._connections.submit(requests)
+        return self._connections.submit(self._pushes(tensors, clock, coder))
+
+    def push_pull(
+        self,
+        tensors: Mapping[str, Tensor],
+        clock: int,
+        coder: Coder | None = None,
+        into: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Pending[None], Pending[dict[str, Tensor]]]:
+        """`push`, and `pull` of the same names at `clock` + 1, piece by piece: values come back while updates leave."""
+        pushes = self._pushes(tensors, clock, coder)
+        pulls, finish = self._pulls(list(tensors), clock + 1, into)
+        self._connections.send([request for pair in zip(pushes, pulls, strict=True) for request in pair])
+        return self._connections.pending(pushes), self._connections.pending(pulls, finish)
 
     def pull(
         self, names: Sequence[str], clock: int, into: Mapping[str, Tensor] | None = None
@@ -129,19 +135,7 @@ class ServerClient:
         Returns:
             Tensors by name, the caller's own.
         """
-        result: dict[str, Tensor] = dict(into) if into is not None else {}
-        requests = []
-        for group in self._routing.grouped(names, PIECE_BYTES, _MAX_KEYS):
-            parts = [(piece.key, _NOTHING) for piece in group]
-            request = Request(
-                self._header(Operation.PULL, clock),
-                parts,
-                self._routing.holders(group[0]),
-                f"the pull of {_names(group)}",
-            )
-            request.arrived = functools.partial(_place, group, self._routing.num_rows, result)
-            requests.append(request)
-        return self._connections.submit(requests, lambda: {name: result[name] for name in names})
+        return self._connections.submit(*self._pulls(names, clock, into))
 
     def push_rows(self, table: str, ids: Tensor, gradients: Tensor, clock: int) -> Pending[None]:
         """Send the gradients of some rows of a table; ids must be distinct (`SparseTable.collect` makes them so).
@@ -230,6 +224,33 @@ class ServerClient:
     def close(self) -> None:
         """Close all connections; what is under way is lost."""
         self._connections.close()
+
+    def _pushes(self, tensors: Mapping[str, Tensor], clock: int, coder: Coder | None) -> list[Request]:
+        requests = []
+        for group in self._routing.grouped(tensors, PIECE_BYTES, _MAX_KEYS):
+            parts = [(piece.key, self._routing.cut(piece, tensors[piece.parameter])) for piece in group]
+            if coder is not None:
+                parts = [(key, _encoded(coder, key, update)) for key, update in parts]
+            header = self._header(Operation.PUSH, clock, sequence=next(self._sequences))
+            requests.append(Request(header, parts, self._routing.holders(group[0]), f"the push of {_names(group)}"))
+        return requests
+
+    def _pulls(
+        self, names: Sequence[str], clock: int, into: Mapping[str, Tensor] | None
+    ) -> tuple[list[Request], Callable[[], dict[str, Tensor]]]:
+        """The requests, and what makes the result of their answers."""
+        result: dict[str, Tensor] = dict(into) if into is not None else {}
+        requests = []
+        for group in self._routing.grouped(names, PIECE_BYTES, _MAX_KEYS):
+            request = Request(
+                self._header(Operation.PULL, clock),
+                [(piece.key, _NOTHING) for piece in group],
+                self._routing.holders(group[0]),
+                f"the pull of {_names(group)}",
+            )
+            request.arrived = functools.partial(_place, group, self._routing.num_rows, result)
+            requests.append(request)
+        return requests, lambda: {name: result[name] for name in names}
 
     def _loads(
         self,

@@ -85,9 +85,17 @@ class Connections:
 
     def submit(self, requests: Sequence[Request], finish: Callable[[], Any] = lambda: None) -> Pending[Any]:
         """Send requests; the result is what `finish` returns when all are answered."""
+        self.send(requests)
+        return self.pending(requests, finish)
+
+    def send(self, requests: Sequence[Request]) -> None:
+        """Send requests in this order."""
         for request in requests:
             self._open[request.header.request] = request
             self._send(request)
+
+    def pending(self, requests: Sequence[Request], finish: Callable[[], Any] = lambda: None) -> Pending[Any]:
+        """What comes of requests that were sent."""
         return Pending(requests, self._pump, finish, self._config.timeout_s)
 
     def _send(self, request: Request) -> None:

@@ -24,7 +24,16 @@ from shoal.ops import NODE, WORLD
 from shoal.strategy.bucket import Bucket
 from shoal.strategy.codec.feedback import Coder
 from shoal.strategy.layout import bucket_bytes
-from shoal.strategy.sync.local import MEASURED_STEPS, LocalSync, Rhythm, least_every, num_fragments, outer_step, rhythm
+from shoal.strategy.sync.local import (
+    MEASURED_STEPS,
+    TIMED_EXCHANGES,
+    LocalSync,
+    Rhythm,
+    least_every,
+    num_fragments,
+    outer_step,
+    rhythm,
+)
 from shoal.wire.collectives import sum_over_world
 from shoal.wire.traffic import Traffic, total
 from shoal.wire.transport import Memory
@@ -282,17 +291,21 @@ class LocalExchange:
         self._settle(least_every(max(told[world_size:]), max(told[:world_size]), len(self._fragments)))
 
     def _time_exchange(self) -> float:
-        """Exchange the largest fragment for the first time, and return the seconds that the whole model would take."""
+        """Exchange the largest fragment, and return the seconds that the whole model would take.
+
+        Twice: the first one waits for the slowest rank and for fresh memory, the second one is timed.
+        """
         sizes = [sum(part.bucket.num_values for part in fragment.parts) for fragment in self._fragments]
         largest = sizes.index(max(sizes))
         started = time.perf_counter()
-        self._leave([largest])
-        for part, difference in zip(
-            self._fragments[largest].parts, self._differences(self._fragments[largest]), strict=True
-        ):
-            part.anchor.sub_(difference)
-            part.section.values.copy_(part.anchor)
-        self._pass_fence(begin=True)
+        for _ in range(TIMED_EXCHANGES):
+            started = time.perf_counter()
+            self._leave([largest])
+            fragment = self._fragments[largest]
+            for part, difference in zip(fragment.parts, self._differences(fragment), strict=True):
+                part.anchor.sub_(difference)
+                part.section.values.copy_(part.anchor)
+            self._pass_fence(begin=True)
         return (time.perf_counter() - started) * sum(sizes) / max(max(sizes), 1)
 
     def _settle(self, every: int) -> None:

@@ -82,7 +82,7 @@ class ServersExchange:
         if not self._fresh:
             self._take(self._pull or self._ask(clock))
         self._fresh = False
-        self._pull = self._ask(clock + 1) if self._overlaps else None
+        self._pull = self._ask(clock + 1) if self._overlaps else None  # else it is asked for with the push
 
     def before_backward(self) -> None:
         """Nothing is exchanged during backward."""
@@ -116,7 +116,11 @@ class ServersExchange:
             for name, p in self._parameters.items()
         }
         clear_gradients(self._wiring.model)
-        self._pushes.append(self._client.push(gradients, self._clock, self._coder))
+        if self._overlaps:
+            push = self._client.push(gradients, self._clock, self._coder)
+        else:
+            push, self._pull = self._client.push_pull(gradients, self._clock, self._coder)
+        self._pushes.append(push)
         for table in self._tables.values():
             table.step()
 

@@ -27,6 +27,8 @@ Count = Annotated[int, pydantic.Field(ge=1, le=1_000_000)]
 _AUTO_FRAGMENTS = 4
 MEASURED_STEPS = range(3, 9)
 """Where H is "auto": the steps that are timed; after the last of them the largest fragment is exchanged, to time it."""
+TIMED_EXCHANGES = 2
+"""How often it is: the last one counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
