@@ -9,8 +9,8 @@ throughput: samples a second of each plan and of DDP on each link, against the s
 round all of them run one after the other. "Of median step" shows the usual step; the rate counts the steps that wait
 for an exchange as well. learning and codecs: all start from the same weights, see the same samples in the same order
 and the same validation windows, and clip at norm 1. In learning, a plan that ends above DDP's loss is run again for
-`--more` times the steps, to see when it gets there. codecs also times each plan beside DDP in alternating runs: all steps count, those
-for Adam's second moment included, but not the codec's warm-up, which is cut to 4 steps there.
+`--more` times the steps, to see when it gets there. codecs also times each plan beside DDP in alternating runs: all
+steps count, those for Adam's second moment included, but not the codec's warm-up, which is cut to 4 steps there.
 
 A plan is a name under plans/ or a path. Its batch, clipping, threads, validation and limits are the benchmark's.
 Figures go to benchmarks/results/ after every training, pictures too; with --docs pictures also go to docs/pictures/.

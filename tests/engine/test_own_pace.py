@@ -58,3 +58,16 @@ def test_every_sample_is_used_once_although_one_rank_is_slow(name: str, tmp_path
     assert {event["reason"] for rank in range(3) for event in events_of(run, "run_finished", f"rank-{rank}")} == {
         "steps"
     }
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_by_the_event_log_ssp_reads_nothing_older_than_its_bound(staleness: int, tmp_path: Path) -> None:
+    (tmp_path / "seen").mkdir()
+    sync = f'kind = "parameter_server"\nmode = "ssp"\nstaleness = {staleness}\nservers = 2'
+    plan = plan_text(sync, steps=20)
+    run = train_on(["a", "b", "c"], TARGET, plan, tmp_path / "run", settings=[f"seen={tmp_path / 'seen'}"])
+    reads = [event for rank in range(3) for event in events_of(run, "read", f"rank-{rank}")]
+    ages = [event["clock"] - event["applied"] for event in reads]
+    assert len(reads) >= 3 * 15
+    assert max(ages) <= staleness
+    assert max(ages) == staleness, "rank 1 sleeps in every step, and nobody ran ahead of it: this shows nothing"

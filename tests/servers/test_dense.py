@@ -57,6 +57,18 @@ def test_a_pull_fills_the_tensors_it_is_given(tmp_path: Path) -> None:
             torch.testing.assert_close(targets[name], value)
 
 
+def test_a_push_and_its_pull_go_piece_by_piece(tmp_path: Path) -> None:
+    with servers(tmp_path, 2, optimizer="count") as cluster, client(cluster.addresses) as worker:
+        worker.load(initial())
+        for clock in range(3):
+            pushed, pulled = worker.push_pull(initial(), clock)
+            values = pulled.result()
+            pushed.result()
+            assert worker.read_clock == clock + 1
+            for name, value in initial().items():
+                torch.testing.assert_close(values[name], (clock + 2) * value)
+
+
 def test_state_goes_out_and_comes_back(tmp_path: Path) -> None:
     """Dump from one set of servers, restore on another: training goes on bit by bit."""
     ends = []

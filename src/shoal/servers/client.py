@@ -49,6 +49,8 @@ class ServerClient:
         self._connections = Connections(config, log)
         self._numbers = itertools.count(1)
         self._sequences = itertools.count(1)
+        self.read_clock = 0
+        """Every worker's updates of all steps before this one are in the values of the last pull (bsp and ssp)."""
 
     @property
     def bytes_sent(self) -> int:
@@ -250,7 +252,12 @@ class ServerClient:
             )
             request.arrived = functools.partial(_place, group, self._routing.num_rows, result)
             requests.append(request)
-        return requests, lambda: {name: result[name] for name in names}
+
+        def finish() -> dict[str, Tensor]:
+            self.read_clock = min((r.answer.header.clock for r in requests if r.answer is not None), default=clock)
+            return {name: result[name] for name in names}
+
+        return requests, finish
 
     def _loads(
         self,

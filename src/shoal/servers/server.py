@@ -240,7 +240,8 @@ class Server:
             return
         pieces = [self._dense(key) for key in pull.keys]
         answer = [(key, piece.read()) for key, piece in zip(pull.keys, pieces, strict=True)]
-        trackers = self._reply(pull.identity, header, answer)
+        applied = min(self._holding(key).staleness.applied_clock for key in pull.keys)
+        trackers = self._reply(pull.identity, header, answer, clock=applied)
         for piece in pieces:
             piece.sent(trackers)
 
@@ -328,8 +329,9 @@ class Server:
         tensors: Sequence[tuple[str, Tensor]] = (),
         *,
         operation: Operation = Operation.DONE,
+        clock: int = 0,
     ) -> list[Any]:
-        return self._listener.send(identity, Header(operation, request=header.request), tensors)
+        return self._listener.send(identity, Header(operation, request=header.request, clock=clock), tensors)
 
     def _refuse(self, identity: bytes, header: Header, reason: str) -> None:
         self._reply(identity, header, [("text", text(reason))], operation=Operation.REFUSED)

@@ -81,6 +81,8 @@ class ServersExchange:
         self._weight, self._clock = batch.share / batch.size, clock
         if not self._fresh:
             self._take(self._pull or self._ask(clock))
+            if not self.asynchronous:
+                self._wiring.log.write("read", clock=clock, applied=self._client.read_clock)
         self._fresh = False
         self._pull = self._ask(clock + 1) if self._overlaps else None  # else it is asked for with the push
 
