@@ -19,9 +19,10 @@ from torch.optim import Optimizer
 
 from shoal.data.loader import Batch
 from shoal.engine.exchange.agreement import Verdict
+from shoal.engine.exchange.communicator import Lane
 from shoal.events import EventLog
 from shoal.strategy.topology import Topology
-from shoal.wire.traffic import Traffic
+from shoal.wire.traffic import Traffic, total
 from shoal.wire.transport import Transport
 
 
@@ -115,6 +116,31 @@ class ReplicaExchange(Protocol):
 
     def close(self) -> None:
         """End threads and transports."""
+
+
+class OnLanes:
+    """What exchanges that own lanes have in common."""
+
+    def __init__(self, wiring: Wiring) -> None:
+        self._lanes = [Lane(transports, wiring.device) for transports in wiring.lanes]
+
+    @property
+    def traffic(self) -> Traffic:
+        """What this rank's lanes have sent to other ranks so far."""
+        return total(lane.traffic for lane in self._lanes)
+
+    @property
+    def bytes_sent(self) -> int:
+        """Payload bytes that this rank has put on the network so far."""
+        return sum(lane.bytes_sent for lane in self._lanes)
+
+    def settle(self) -> None:
+        """Nothing is under way between meetings."""
+
+    def close(self) -> None:
+        """End the communication threads and their transports."""
+        for lane in self._lanes:
+            lane.close()
 
 
 def copied(state: Any) -> Any:

@@ -14,9 +14,8 @@ from torch import Tensor
 from shoal.data.loader import Batch
 from shoal.engine.exchange import parameters
 from shoal.engine.exchange.agreement import Agreement, Verdict
-from shoal.engine.exchange.base import Wiring, copied
+from shoal.engine.exchange.base import OnLanes, Wiring, copied
 from shoal.engine.exchange.clipping import clear_gradients, clip_own, require_gradients
-from shoal.engine.exchange.communicator import Lane
 from shoal.engine.exchange.lagged import LaggedAgreement
 from shoal.ops import WORLD
 from shoal.strategy.bucket import Bucket
@@ -24,10 +23,9 @@ from shoal.strategy.codec.feedback import Coder
 from shoal.strategy.layout import bucket_bytes
 from shoal.strategy.sync.gossip import GossipSync
 from shoal.wire.collectives import sum_over_world
-from shoal.wire.traffic import Traffic, total
 
 
-class GossipExchange:
+class GossipExchange(OnLanes):
     """Runs `GossipSync` once a step (D-PSGD)."""
 
     asynchronous = False
@@ -36,7 +34,7 @@ class GossipExchange:
     def __init__(self, wiring: Wiring, sync: GossipSync, coder: Coder | None) -> None:
         """Lay the model out; collective."""
         self._wiring, self._sync, self._coder = wiring, sync, coder
-        self._lanes = [Lane(transports, wiring.device) for transports in wiring.lanes]
+        super().__init__(wiring)
         rank, self._world_size = wiring.topology.rank, wiring.topology.world_size
         allocate = self._lanes[0].transports[WORLD].allocate
         self._agreement = LaggedAgreement(Agreement(rank, self._world_size, allocate), self._lanes[0], sync, rank)
@@ -48,16 +46,6 @@ class GossipExchange:
         self._mixing: list[Future[Any]] = []
         self._step = 0
         self._weight = 0.0
-
-    @property
-    def traffic(self) -> Traffic:
-        """What this rank has sent to other ranks so far."""
-        return total(lane.traffic for lane in self._lanes)
-
-    @property
-    def bytes_sent(self) -> int:
-        """Payload bytes that this rank has put on the network so far."""
-        return sum(lane.bytes_sent for lane in self._lanes)
 
     def denominator(self, batch: Batch) -> float:
         """The mean share: the mean of all ranks' gradients is then the mean over the global batch."""
@@ -145,14 +133,6 @@ class GossipExchange:
         self._sync.load_state_dict(state["told"])
         if self._coder is not None and state["coder"] is not None:
             self._coder.load_state_dict(state["coder"])
-
-    def settle(self) -> None:
-        """Nothing is under way between meetings."""
-
-    def close(self) -> None:
-        """End the communication threads and their transports."""
-        for lane in self._lanes:
-            lane.close()
 
     def _means(self) -> list[Tensor]:
         """The mean of all replicas, section by section, in fresh memory. Collective; nothing is on its way."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from shoal.data.loader import Batch
 from shoal.engine.exchange.adam import CompressedAdam
 from shoal.engine.exchange.agreement import Agreement, Verdict
-from shoal.engine.exchange.base import Wiring, copied
+from shoal.engine.exchange.base import OnLanes, Wiring, copied
 from shoal.engine.exchange.buckets import GradientBuckets
 from shoal.engine.exchange.clipping import clip, no_gradient
 from shoal.engine.exchange.communicator import Lane
@@ -22,11 +22,10 @@ from shoal.strategy.bucket import Bucket
 from shoal.strategy.codec.feedback import Coder
 from shoal.strategy.layout import bucket_bytes
 from shoal.strategy.sync.allreduce import AllReduceSync
-from shoal.wire.traffic import Traffic, total
 from shoal.wire.transport import Memory
 
 
-class GradientExchange:
+class GradientExchange(OnLanes):
     """Runs `AllReduceSync`."""
 
     asynchronous = False
@@ -35,7 +34,7 @@ class GradientExchange:
     def __init__(self, wiring: Wiring, sync: AllReduceSync, coder: Coder | None) -> None:
         """Lay out the buckets of gradients; collective. Buckets go to lanes in turn, all else to the first."""
         self._sync, self._coder, self._model = sync, coder, wiring.model
-        self._lanes = [Lane(transports, wiring.device) for transports in wiring.lanes]
+        super().__init__(wiring)
         self._group = NODE if sync.hierarchical else WORLD
         self._buckets = GradientBuckets(
             wiring.model.named_parameters(), bucket_bytes(sync.config.bucket_mb), self._allocate, self._send
@@ -50,16 +49,6 @@ class GradientExchange:
         self._in_flight: list[tuple[Lane, Future[Any]]] = []
         self._fence: Future[Any] | None = None
         self._norm = 0.0
-
-    @property
-    def traffic(self) -> Traffic:
-        """What this rank has sent to other ranks so far."""
-        return total(lane.traffic for lane in self._lanes)
-
-    @property
-    def bytes_sent(self) -> int:
-        """Payload bytes that this rank has put on the network so far."""
-        return sum(lane.bytes_sent for lane in self._lanes)
 
     def denominator(self, batch: Batch) -> float:
         """The samples of all ranks: the sum of the gradients is then the mean over the global batch."""
@@ -138,16 +127,12 @@ class GradientExchange:
         if self._adam is not None and "adam" in state:
             self._adam.load_state_dict(state["adam"])
 
-    def settle(self) -> None:
-        """Nothing is under way between meetings."""
-
     def close(self) -> None:
         """End the communication threads and their transports."""
         self._buckets.close()
         if self._adam is not None:
             self._adam.close()
-        for lane in self._lanes:
-            lane.close()
+        super().close()
 
     def _lane_of(self, index: int) -> Lane:
         return self._lanes[index % len(self._lanes)]

@@ -15,9 +15,8 @@ from torch import Tensor
 from shoal.data.loader import Batch
 from shoal.engine.exchange import parameters
 from shoal.engine.exchange.agreement import Agreement, Verdict
-from shoal.engine.exchange.base import Wiring, copied
+from shoal.engine.exchange.base import OnLanes, Wiring, copied
 from shoal.engine.exchange.clipping import clear_gradients, clip_own, require_gradients
-from shoal.engine.exchange.communicator import Lane
 from shoal.engine.exchange.lagged import LaggedAgreement
 from shoal.engine.exchange.parameters import Section
 from shoal.ops import NODE, WORLD
@@ -35,7 +34,6 @@ from shoal.strategy.sync.local import (
     rhythm,
 )
 from shoal.wire.collectives import sum_over_world
-from shoal.wire.traffic import Traffic, total
 from shoal.wire.transport import Memory
 
 
@@ -67,7 +65,7 @@ class _Fragment:
     arrived: list[Tensor] | None = None
 
 
-class LocalExchange:
+class LocalExchange(OnLanes):
     """Runs `LocalSync`."""
 
     asynchronous = False
@@ -76,7 +74,7 @@ class LocalExchange:
     def __init__(self, wiring: Wiring, sync: LocalSync, coder: Coder | None) -> None:
         """Lay the model out in fragments, all of it the anchor. Collective."""
         self._wiring, self._sync, self._config, self._coder = wiring, sync, sync.config, coder
-        self._lanes = [Lane(transports, wiring.device) for transports in wiring.lanes]
+        super().__init__(wiring)
         self._group = NODE if sync.hierarchical else WORLD
         rank, world_size = wiring.topology.rank, wiring.topology.world_size
         agreement = Agreement(rank, world_size, lambda n, dtype: self._allocate(0, n, dtype))
@@ -92,16 +90,6 @@ class LocalExchange:
         self._rhythm: Rhythm | None = None
         if sync.config.every != "auto":
             self._settle(sync.config.every)
-
-    @property
-    def traffic(self) -> Traffic:
-        """What this rank has sent to other ranks so far."""
-        return total(lane.traffic for lane in self._lanes)
-
-    @property
-    def bytes_sent(self) -> int:
-        """Payload bytes that this rank has put on the network so far."""
-        return sum(lane.bytes_sent for lane in self._lanes)
 
     def denominator(self, batch: Batch) -> float:
         """This rank's own samples: it trains by itself."""
@@ -208,14 +196,6 @@ class LocalExchange:
             fragment.arrived = arrived
         if self._coder is not None and state["coder"] is not None:
             self._coder.load_state_dict(state["coder"])
-
-    def settle(self) -> None:
-        """Nothing is under way between meetings."""
-
-    def close(self) -> None:
-        """End the communication threads and their transports."""
-        for lane in self._lanes:
-            lane.close()
 
     def _part(self, section: Section) -> _Part:
         memory = self._allocate(1, len(section.values), section.values.dtype)
