@@ -18,7 +18,7 @@ from shoal.data.order import shuffled
 from shoal.data.partition import spans
 from shoal.engine import random_state
 from shoal.job.target import resolve
-from shoal.strategy.sync.local import LocalSync
+from shoal.strategy.sync.local import LocalSync, least_every
 from training_runs import events_of, final_state, final_tensors, train_on
 
 STEPS, BATCH, NUM_SAMPLES, CLIP_NORM, SEED = 14, 12, 50, 0.5, 5
@@ -235,8 +235,14 @@ def test_auto_settles_a_rhythm_and_says_so(tmp_path: Path) -> None:
     run = train_on(["a", "b"], TARGET, plan, tmp_path / "run")
     [rhythm] = events_of(run, "rhythm")
     assert rhythm["fragments"] == 4
-    assert rhythm["every"] >= 8
+    assert rhythm["every"] >= 4, "at most one fragment leaves in a step"
     assert rhythm["overlap"] == rhythm["every"] // 4
+
+
+def test_the_chosen_rhythm_leaves_the_links_half_of_the_time() -> None:
+    assert least_every(1.0, 0.125, 4) == 16
+    assert least_every(0.0, 0.125, 4) == 4
+    assert least_every(1e9, 0.125, 4) == 512
 
 
 def test_the_sync_of_this_page_is_the_one_in_the_table() -> None:
