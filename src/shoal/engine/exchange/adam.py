@@ -2,10 +2,11 @@
 
 A codec's error is noise to Adam: it swells the second moment, and steps shrink. 1-bit Adam (Tang et al. 2021) learns
 the second moment from uncompressed gradients at first, freezes it, and compresses the momentum; 0/1 Adam (Lu et al.
-2022) lets it learn on, now and then. Here every so many steps are uncompressed, and the job's own optimizer takes them.
+2022) lets it learn on, now and then. Here the gradients of every so many steps go whole or as int8, and the job's own
+optimizer takes those learning steps.
 In the steps between it is passed over: this module applies the momentum, with the optimizer's own state and settings.
 
-A gradient cannot be clipped by its norm before it is summed, so the momentum takes the factor of the last uncompressed
+A gradient cannot be clipped by its norm before it is summed, so the momentum takes the factor of the last learning
 step.
 """
 
@@ -30,7 +31,7 @@ class CompressedAdam:
     """One rank's optimizer; every rank does the same with its own."""
 
     def __init__(self, optimizer: Optimizer, buckets: GradientBuckets, coder: Coder) -> None:
-        """Nothing is compressed before the first uncompressed step.
+        """No momentum is compressed before the first learning step.
 
         Raises:
             JobError: the optimizer is none of which this module knows the update.
@@ -55,11 +56,11 @@ class CompressedAdam:
 
     @property
     def compressed(self) -> bool:
-        """Whether this step's exchange was."""
+        """Whether this step's exchange is of momentum."""
         return self._coder.compresses(self._buckets.buckets[0].name)
 
     def clipped(self, norm: float, max_norm: float) -> None:
-        """An uncompressed gradient of this norm was clipped."""
+        """A learning step's gradient of this norm was clipped."""
         for momentum in self._momenta:
             momentum.factor = min(1.0, max_norm / (norm + 1e-6))
 
