@@ -22,7 +22,17 @@ from shoal.launch import local
 from shoal.launch.lab.lab import Lab
 from shoal.launch.placement import Seating
 from shoal.launch.supervisor import Supervisor
-from shoal.plan import Plan, check_resumable, dump_plan, load_plan, num_servers, plan_hash, resolve_plan, with_flags
+from shoal.plan import (
+    Plan,
+    check_resumable,
+    dump_plan,
+    load_plan,
+    num_ranks,
+    num_servers,
+    plan_hash,
+    resolve_plan,
+    with_flags,
+)
 from shoal.run import Run, open_run, write_atomic
 
 
@@ -111,7 +121,7 @@ def execute(
     cluster = _cluster(where)
     wanted = load_plan(Path(plan)) if isinstance(plan, str | Path) else plan
     run = open_run(folder, target.short_name, resume=resume) if resume else None
-    before = load_plan(run.plan).layout.replicate if run else None
+    before = num_ranks(load_plan(run.plan)) if run else None
     world_size = cluster.world_size if cluster else where.nodes or before or 1
     resolved = _resume_plan(run, target, wanted, limits, world_size) if run else _fresh_plan(wanted, limits, world_size)
     run = run or open_run(folder, target.short_name, resume=False)

@@ -13,7 +13,7 @@ from shoal.errors import ShoalError
 from shoal.plan import parse_plan
 from shoal.plan.parts import build_coder
 from shoal.strategy.codec.feedback import Coder
-from shoal.strategy.layout import Flat, gradient_buckets
+from shoal.strategy.flat import Flat, gradient_buckets
 from shoal.strategy.topology import topologies
 from training_runs import events_of, final_state, final_tensors, train_on
 

@@ -21,11 +21,11 @@ from shoal.plan import Plan, parse_plan, resolve_plan
 from shoal.plan import exchanges as planned
 from shoal.plan.parts import build_coder, build_sync
 from shoal.plan.price import Price, links_of, price, seats_of, shapes_of
-from shoal.strategy import layout
+from shoal.strategy import flat
 from shoal.strategy.agreement import agreement_bucket
 from shoal.strategy.bucket import Bucket
 from shoal.strategy.codec import CODECS
-from shoal.strategy.layout import Flat, bucket_bytes
+from shoal.strategy.flat import Flat, bucket_bytes
 from shoal.strategy.sync import SYNCS
 from shoal.strategy.sync.local import num_fragments, rhythm
 from shoal.strategy.topology import topologies
@@ -132,7 +132,7 @@ def exact(sync: Any, bucket: Bucket) -> Exchange:
 
 
 def run_allreduce(rig: Rig, steps: int) -> None:
-    laid = layout.gradient_buckets(rig.parameters, bucket_bytes(rig.plan.sync.bucket_mb))
+    laid = flat.gradient_buckets(rig.parameters, bucket_bytes(rig.plan.sync.bucket_mb))
     agreement, buckets = rig.agreements(), [rig.buckets(one, flags=True) for one in laid]
     for _ in range(steps):
         rig.run(exact, agreement)
@@ -142,7 +142,7 @@ def run_allreduce(rig: Rig, steps: int) -> None:
 
 def run_local(rig: Rig, steps: int) -> None:
     config: Any = rig.plan.sync
-    laid = layout.fragments(rig.parameters, num_fragments(config), bucket_bytes(config.bucket_mb))
+    laid = flat.fragments(rig.parameters, num_fragments(config), bucket_bytes(config.bucket_mb))
     fragments = [[rig.buckets(section, flags=False) for section in fragment] for fragment in laid]
     agreement, beat = rig.agreements(), rhythm(config, config.every, len(laid))
     for step in range(steps):
@@ -156,7 +156,7 @@ def run_local(rig: Rig, steps: int) -> None:
 
 
 def run_gossip(rig: Rig, steps: int) -> None:
-    [laid] = layout.fragments(rig.parameters, 1, bucket_bytes(rig.plan.sync.bucket_mb))
+    [laid] = flat.fragments(rig.parameters, 1, bucket_bytes(rig.plan.sync.bucket_mb))
     agreement, buckets = rig.agreements(), [rig.buckets(section, flags=False) for section in laid]
     for step in range(steps):
         if step % 8 == 0:

@@ -32,6 +32,7 @@ class LoaderConfig:
     Attributes:
         batch_size: samples of a global batch.
         shares: each rank's weight; only proportions count.
+        shards: so many consecutive ranks compute one replica together, and need as many micro-batches as each other.
         accumulate: micro-batches a step, on each rank.
         num_workers: DataLoader worker processes a rank; 0 loads in the training process.
     """
@@ -44,6 +45,7 @@ class LoaderConfig:
     drop_last: bool
     num_workers: int
     pin_memory: bool
+    shards: int = 1
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,9 @@ class Batch:
     Attributes:
         cursor: which batch this is.
         size: samples in the global batch.
-        micro_batches: (number of samples, collated samples) for each micro-batch that is not empty.
+        micro_batches: (number of samples, collated samples). Empty ones are left out, unless another rank of the same
+            replica has more: then they count 0 and hold a sample that is another rank's.
+        replica_share: samples of this rank's replica.
         after: where the next batch stands.
     """
 
@@ -69,6 +73,7 @@ class Batch:
     size: int
     micro_batches: list[tuple[int, Any]]
     after: Cursor
+    replica_share: int
 
     @property
     def share(self) -> int:
@@ -106,15 +111,15 @@ class Loader:
         )
         feed = iter(samples)
         for cursor in self._cursors(start):
-            counts = [len(turn) for turn in self.micro_spans(cursor) if turn]
-            yield Batch(cursor, self._batch_size(cursor), [(n, next(feed)) for n in counts], self._next(cursor))
+            pieces = [(count, next(feed)) for count, _ in self._turns(cursor, self._rank)]
+            yield self._batch(cursor, self._rank, pieces)
 
     def part(self, cursor: Cursor, slot: int) -> Batch:
         """The part of one global batch that is rank `slot`'s by its share, fetched here and now by whoever asks."""
-        turns = [turn for turn in self.micro_spans(cursor, slot) if turn]
         fetch, collate = _Seeded(self._dataset), _SeededCollate(self._collate)
-        pieces = [(len(turn), collate(fetch.__getitems__(self._samples(cursor, turn)))) for turn in turns]
-        return Batch(cursor, self._batch_size(cursor), pieces, self._next(cursor))
+        turns = self._turns(cursor, slot)
+        pieces = [(count, collate(fetch.__getitems__(self._samples(cursor, turn)))) for count, turn in turns]
+        return self._batch(cursor, slot, pieces)
 
     def after(self, cursor: Cursor, steps: int) -> tuple[Cursor, int]:
         """Where `steps` global batches lead from `cursor`, and how many samples lie between."""
@@ -126,11 +131,10 @@ class Loader:
         return cursor, samples
 
     def turns(self, start: Cursor) -> Iterator[list[_Sample]]:
-        """The samples of every micro-batch of this rank that is not empty, from `start` on."""
+        """The samples of every micro-batch of this rank, from `start` on."""
         for cursor in self._cursors(start):
-            for turn in self.micro_spans(cursor):
-                if turn:
-                    yield self._samples(cursor, turn)
+            for _, turn in self._turns(cursor, self._rank):
+                yield self._samples(cursor, turn)
 
     def micro_spans(self, cursor: Cursor, slot: int | None = None) -> list[range]:
         """The micro-batches of rank `slot` (default: this one), as ranges of position within the epoch."""
@@ -139,6 +143,23 @@ class Loader:
         first = cursor.step * self._config.batch_size + mine.start
         pieces = spans(len(mine), [1.0] * self._config.accumulate)
         return [range(first + piece.start, first + piece.stop) for piece in pieces]
+
+    def _turns(self, cursor: Cursor, slot: int) -> list[tuple[int, range]]:
+        """(samples that count, positions) for each micro-batch of rank `slot`: see `Batch.micro_batches`."""
+        filled = {peer: [turn for turn in self.micro_spans(cursor, peer) if turn] for peer in self._replica(slot)}
+        first = cursor.step * self._config.batch_size
+        missing = max(map(len, filled.values())) - len(filled[slot])
+        return [(len(turn), turn) for turn in filled[slot]] + [(0, range(first, first + 1))] * missing
+
+    def _replica(self, slot: int) -> range:
+        first = slot - slot % self._config.shards
+        return range(first, first + self._config.shards)
+
+    def _batch(self, cursor: Cursor, slot: int, pieces: list[tuple[int, Any]]) -> Batch:
+        size = self._batch_size(cursor)
+        mine = spans(size, self._config.shares)
+        total = sum(len(mine[peer]) for peer in self._replica(slot))
+        return Batch(cursor, size, pieces, self._next(cursor), total)
 
     def _cursors(self, start: Cursor) -> Iterator[Cursor]:
         cursor = self._wrap(start)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,29 +17,35 @@ from shoal.data.loader import Loader, LoaderConfig, num_samples
 from shoal.engine import random_state
 from shoal.engine.exchange import EXCHANGES, ReplicaExchange
 from shoal.engine.exchange.base import Wiring
+from shoal.engine.layout.divide import divide, take_place
+from shoal.engine.layout.lanes import Lanes
+from shoal.engine.layout.replica import Replica
+from shoal.engine.replicas import make_equal
 from shoal.errors import JobError, MachineError
 from shoal.events import EventLog
 from shoal.job.job import Job
 from shoal.job.sparse_table import sparse_tables
-from shoal.ops import LEADERS, NODE, WORLD
 from shoal.plan.parts import build_coder, build_sync
 from shoal.plan.schema import ComputeConfig, Plan
+from shoal.strategy.layout.grid import Grid, replicas
 from shoal.strategy.topology import Topology
-from shoal.wire import shared_memory
-from shoal.wire.collectives import TorchTransport
-from shoal.wire.rendezvous import SILENCE_TIMEOUT_S, Membership
-from shoal.wire.transport import Transport
+from shoal.wire.rendezvous import Membership
 
 
 @dataclass(frozen=True)
 class Parts:
     """What one rank trains with."""
 
-    model: nn.Module
+    replica: Replica
     optimizer: Optimizer
     schedule: LRScheduler | None
     loader: Loader
     validation: Dataset[Any] | None
+
+    @property
+    def model(self) -> nn.Module:
+        """What this rank computes."""
+        return self.replica.model
 
 
 def choose_device(config: ComputeConfig, topology: Topology) -> torch.device:
@@ -70,38 +77,49 @@ def set_threads(config: ComputeConfig, topology: Topology) -> None:
         torch.set_num_threads(max(1, cores // len(topology.local_ranks)))
 
 
-def build_parts(job: Job, plan: Plan, topology: Topology, device: torch.device) -> Parts:
-    """Call the job's factories, all ranks from the same seed, and check what they make.
+def build_parts(job: Job, plan: Plan, topology: Topology, grid: Grid, device: torch.device) -> Parts:
+    """Call the job's factories, all ranks from the same seed, and check what they make. Collective.
 
     Raises:
         JobError: a part is not what it should be; the message names it.
     """
     random_state.seed_all(plan.seed, 0)
     training, validation = _datasets(job)
-    loader = Loader(training, _loader_config(plan, device), topology.rank, job.collate)
-    _check_size(loader.num_samples, plan, topology)
+    loader = Loader(training, _loader_config(plan, device), grid.feed(topology.rank), job.collate)
+    _check_size(loader.num_samples, plan, grid)
     model = _model(job, device)
     _check_tables(model, plan)
-    optimizer = job.optimizer([p for p in model.parameters() if p.requires_grad])
-    _check_optimizer(optimizer, model)
+    make_equal(model)
+    replica = _replica(model, plan, topology, grid, device)
+    parameters = [held.local for held in replica.held]
+    optimizer = job.optimizer(parameters)
+    _check_optimizer(optimizer, parameters)
     schedule = job.schedule(optimizer) if job.schedule else None
-    random_state.seed_all(plan.seed, topology.rank + 1)
-    return Parts(model, optimizer, schedule, loader, validation)
+    random_state.seed_all(plan.seed, grid.feed(topology.rank) + 1)
+    return Parts(replica, optimizer, schedule, loader, validation)
+
+
+def _replica(model: nn.Module, plan: Plan, topology: Topology, grid: Grid, device: torch.device) -> Replica:
+    if plan.layout.ranks_per_replica == 1:
+        return Replica.whole(model)
+    place = take_place(plan.layout, grid, topology.rank, device)
+    return divide(model, place, bf16=plan.compute.precision == "bf16")
 
 
 def build_exchange(
-    plan: Plan, parts: Parts, topology: Topology, membership: Membership, device: torch.device, log: EventLog
+    plan: Plan, parts: Parts, world: Topology, grid: Grid, membership: Membership, device: torch.device, log: EventLog
 ) -> ReplicaExchange:
-    """Connect this rank to the others as the plan's sync needs it. Collective."""
+    """Connect this rank to the same part of the other replicas as the plan's sync needs it. Collective."""
+    topology = replicas(grid, world)
     coder = build_coder(plan, topology)
     sync = build_sync(plan, topology, coder)
+    lanes = Lanes(world, grid, membership.store, device)
     wiring = Wiring(
-        model=parts.model,
+        replica=parts.replica,
         optimizer=parts.optimizer,
-        lanes=[
-            _build_lane(lane, sync.groups, topology, membership, device) for lane in range(sync.num_lanes(device.type))
-        ],
+        lanes=[lanes.build(lane, sync.groups) for lane in range(sync.num_lanes(device.type))],
         topology=topology,
+        world=world,
         device=device,
         store=membership.store,
         log=log,
@@ -109,22 +127,10 @@ def build_exchange(
     return EXCHANGES[plan.sync.kind](wiring, sync, coder)
 
 
-def _build_lane(
-    lane: int, groups: set[str], topology: Topology, membership: Membership, device: torch.device
-) -> dict[str, Transport]:
-    transports: dict[str, Transport] = {}
-    if WORLD in groups:
-        transports[WORLD] = TorchTransport(topology.members(WORLD), topology.rank, device)
-    if LEADERS in groups:
-        transports[LEADERS] = TorchTransport(topology.leaders, topology.rank, device)
-    if NODE in groups:
-        transports[NODE] = _node_transport(lane, topology, membership, device)
-    return transports
-
-
-def no_effect(plan: Plan, topology: Topology, parts: Parts, job: Job) -> list[str]:
+def no_effect(plan: Plan, world: Topology, grid: Grid, parts: Parts, job: Job) -> list[str]:
     """Settings of the plan or job that change nothing here: one sentence each."""
     idle: list[str] = []
+    topology = replicas(grid, world)
     sync = build_sync(plan, topology, None)
     if plan.codec.kind != "none" and not sync.crosses_network:
         idle.append(
@@ -135,26 +141,6 @@ def no_effect(plan: Plan, topology: Topology, parts: Parts, job: Job) -> list[st
     if job.metrics and parts.validation is None:
         idle.append("the job's metrics have no effect: its data has no validation part")
     return idle
-
-
-def _node_transport(lane: int, topology: Topology, membership: Membership, device: torch.device) -> Transport:
-    local = topology.local_ranks
-    if device.type == "cpu" and shared_memory.available():
-        prefix = f"lane/{lane}/node/{topology.nodes[topology.rank]}/"
-        return shared_memory.SharedMemoryTransport(
-            local.index(topology.rank),
-            len(local),
-            lambda key, value: membership.store.set(prefix + key, value.hex()),
-            lambda key: bytes.fromhex(membership.store.get(prefix + key).decode()),
-            timeout_s=SILENCE_TIMEOUT_S,
-        )
-    transport: TorchTransport | None = None
-    for name in topology.node_names:  # every rank has to make every node's group
-        members = [rank for rank, node in enumerate(topology.nodes) if node == name]
-        made = TorchTransport(members, topology.rank, device)
-        transport = made if members == local else transport
-    assert transport is not None
-    return transport
 
 
 def _datasets(job: Job) -> tuple[Dataset[Any], Dataset[Any] | None]:
@@ -182,13 +168,14 @@ def _loader_config(plan: Plan, device: torch.device) -> LoaderConfig:
         drop_last=plan.data.drop_last,
         num_workers=plan.data.workers,
         pin_memory=device.type == "cuda",
+        shards=plan.layout.shard,
     )
 
 
-def _check_size(total: int, plan: Plan, topology: Topology) -> None:
-    if total < topology.world_size:
+def _check_size(total: int, plan: Plan, grid: Grid) -> None:
+    if total < grid.feeds:
         raise JobError(
-            f"the training data has {total} samples, fewer than the {topology.world_size} ranks; start at most "
+            f"the training data has {total} samples, fewer than the {grid.feeds} ranks; start at most "
             f"{max(total, 1)} or bring more data"
         )
     if plan.data.drop_last and total < plan.batch.size:
@@ -222,9 +209,9 @@ def _check_tables(model: nn.Module, plan: Plan) -> None:
         )
 
 
-def _check_optimizer(optimizer: object, model: nn.Module) -> None:
+def _check_optimizer(optimizer: object, parameters: Sequence[nn.Parameter]) -> None:
     if not isinstance(optimizer, Optimizer):
         raise JobError(f"the job's optimizer returned {type(optimizer).__name__}, expected a torch.optim.Optimizer")
-    known = {id(p) for p in model.parameters()}
+    known = {id(p) for p in parameters}
     if any(id(p) not in known for group in optimizer.param_groups for p in group["params"]):
         raise JobError("the job's optimizer holds parameters that are not the model's; use those that it is given")

@@ -10,16 +10,16 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from shoal.data.loader import Batch
 from shoal.engine.build import Parts
+from shoal.engine.checkpoint.pieces import KEY, pieces_of
 from shoal.engine.checkpoint.session import CheckpointSession
+from shoal.engine.computation import Computation
 from shoal.engine.control import StopRequest
 from shoal.engine.exchange import ReplicaExchange
 from shoal.engine.exchange.agreement import Verdict
 from shoal.engine.exchange.base import copied
-from shoal.engine.forward import Forward
+from shoal.engine.layout.optimizer_state import load_named, named_state
 from shoal.engine.pace import InStep, OwnPace
 from shoal.engine.progress import Progress
 from shoal.engine.replicas import BufferAverage
@@ -32,7 +32,13 @@ from shoal.wire.traffic import Traffic
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    """What the loop needs of the plan: periods in steps (0: never), the clipping norm, this rank's part of a batch."""
+    """What the loop needs of the plan.
+
+    Attributes:
+        weight: this rank's part of every batch; all ranks' sum to 1.
+        validate_every, checkpoint_every: periods in steps; 0: never.
+        writes_pieces: of the ranks that hold the same values, this one writes them into checkpoints.
+    """
 
     rank: int
     weight: float
@@ -40,6 +46,7 @@ class LoopConfig:
     validate_every: int
     checkpoint_every: int
     keep_best: bool
+    writes_pieces: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +54,7 @@ class Crew:
     """The parts that the loop calls upon."""
 
     parts: Parts
-    forward: Forward
+    computation: Computation
     exchange: ReplicaExchange
     checkpoints: CheckpointSession
     validator: Validator | None
@@ -116,7 +123,7 @@ class Loop:
         """
         crew, started, loaded = self._crew, self._free_at, time.perf_counter()
         crew.exchange.begin(batch, clock)
-        self._backward(batch)
+        crew.computation.backward(batch, crew.exchange, self.wants_to_stop)
         computed = time.perf_counter()
         verdict = crew.exchange.finish()
         self._check_finite(verdict)
@@ -146,24 +153,6 @@ class Loop:
         self._free_at = time.perf_counter()
         return verdict.stop
 
-    def _backward(self, batch: Batch) -> None:
-        """Accumulate the gradient of this rank's samples, and start to exchange it."""
-        exchange, total = self._crew.exchange, torch.zeros(())
-        denominator = exchange.denominator(batch)
-        last = len(batch.micro_batches) - 1
-        for index, (count, samples) in enumerate(batch.micro_batches):
-            loss, _, _ = self._crew.forward(samples)
-            part = loss * (count / denominator)
-            total = total.to(part.device) + part.detach()
-            if index == last:
-                exchange.before_last_backward(total, stop=self.wants_to_stop())
-            else:
-                exchange.before_backward()
-            if part.requires_grad:  # samples that touch no trainable parameter add nothing; another rank's may
-                part.backward()
-        if not batch.micro_batches:
-            exchange.before_last_backward(total, stop=self.wants_to_stop())
-
     def _update(self) -> None:
         parts = self._crew.parts
         self._crew.exchange.install()
@@ -172,6 +161,7 @@ class Loop:
         if parts.schedule is not None:
             parts.schedule.step()
         self._crew.exchange.release()
+        parts.replica.publish()
 
     def _check_finite(self, verdict: Verdict) -> None:
         if verdict.non_finite_ranks:
@@ -235,9 +225,13 @@ class Loop:
         if not self._crew.exchange.replicas_equal:
             schedule = parts.schedule.state_dict() if parts.schedule else None
             private |= copied({"optimizer": parts.optimizer.state_dict(), "schedule": schedule})
+        model, optimizer = self._crew.exchange.model_state(), named_state(parts.optimizer, parts.replica)
+        if not parts.replica.is_whole:
+            private[KEY] = copied(pieces_of(parts.replica, model, optimizer)) if self._config.writes_pieces else {}
+            model, optimizer = {}, {}
         state: dict[str, Any] = {
-            "model": self._crew.exchange.model_state(),
-            "optimizer": parts.optimizer.state_dict(),
+            "model": model,
+            "optimizer": optimizer,
             "schedule": parts.schedule.state_dict() if parts.schedule else None,
             "progress": self.progress.to_plain(),
         }
@@ -273,8 +267,8 @@ def _due(step: int, every: int) -> bool:
 
 def restore(parts: Parts, state: dict[str, Any]) -> Progress:
     """Put a checkpoint's state into a rank's parts; return how far it had come."""
-    parts.model.load_state_dict(state["model"])
-    parts.optimizer.load_state_dict(state["optimizer"])
+    parts.replica.load(state["model"])
+    load_named(parts.optimizer, parts.replica, state["optimizer"])
     if parts.schedule is not None and state["schedule"] is not None:
         parts.schedule.load_state_dict(state["schedule"])
     return Progress.from_plain(state["progress"])

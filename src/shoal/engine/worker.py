@@ -23,12 +23,12 @@ from shoal._version import __version__
 from shoal.engine import build, control
 from shoal.engine.checkpoint.archive import Archive
 from shoal.engine.checkpoint.session import CheckpointSession
+from shoal.engine.computation import Direct
 from shoal.engine.exchange import ReplicaExchange
 from shoal.engine.forward import Forward
 from shoal.engine.loop import Crew, Loop, LoopConfig, restore, restore_private
 from shoal.engine.pace import InStep, OwnPace
 from shoal.engine.progress import Progress
-from shoal.engine.replicas import make_equal
 from shoal.engine.stopping import StopRule
 from shoal.engine.validation import Validator
 from shoal.errors import CheckpointError, JobError, PeerLostError, RunError, ShoalError, user_traceback
@@ -37,6 +37,7 @@ from shoal.job.job import Job
 from shoal.job.target import Target, code_of
 from shoal.plan import Plan, load_plan, plan_hash
 from shoal.run import Run
+from shoal.strategy.layout.grid import Grid, arrange
 from shoal.strategy.topology import Topology
 from shoal.wire.blocks import keep_large_blocks
 from shoal.wire.rendezvous import Identity, Membership, identity_from, join, leave, start_collectives
@@ -96,43 +97,44 @@ def _work(run: Run, identity: Identity, log: EventLog, *, resume: bool) -> None:
 def _assemble(context: _Context, job: Job, stop_request: control.StopRequest, *, resume: bool) -> Loop:
     plan, topology, device, log = context.plan, context.topology, context.device, context.log
     rank, world_size = topology.rank, topology.world_size
-    parts = build.build_parts(job, plan, topology, device)
+    grid = arrange(plan.layout, topology.nodes)
+    parts = build.build_parts(job, plan, topology, grid, device)
     archive = Archive(context.run.checkpoints, keep=plan.checkpoint.keep, keep_best=plan.checkpoint.best)
     checkpoints = CheckpointSession(context.membership.store, rank, world_size, archive, log, device)
     state = checkpoints.restore() if resume else None
     progress = restore(parts, state) if state else Progress()
-    make_equal(parts.model)
-    exchange = build.build_exchange(plan, parts, topology, context.membership, device, log)
+    exchange = build.build_exchange(plan, parts, topology, grid, context.membership, device, log)
     private = checkpoints.restore_private() if state else None
     if private is not None:
         restore_private(parts, exchange, private)
     forward = Forward(parts.model, job.loss, device, plan.compute.precision)
     if rank == 0:
-        for message in build.no_effect(plan, topology, parts, job):
+        for message in build.no_effect(plan, topology, grid, parts, job):
             log.write("warning", message=message)
     crew = Crew(
         parts=parts,
-        forward=forward,
+        computation=Direct(forward, parts.replica),
         exchange=exchange,
         checkpoints=checkpoints,
-        validator=_validator(plan, job, parts, forward, topology),
+        validator=_validator(plan, job, parts, forward, grid, rank),
         pace=_pace(plan, parts, exchange, context, progress),
         stop_rule=StopRule(plan.stop),
         stop_request=stop_request,
         log=log,
     )
-    return Loop(_loop_config(plan, rank), crew, progress)
+    return Loop(_loop_config(plan, grid, rank), crew, progress)
 
 
-def _loop_config(plan: Plan, rank: int) -> LoopConfig:
+def _loop_config(plan: Plan, grid: Grid, rank: int) -> LoopConfig:
     assert plan.batch.shares is not None
     return LoopConfig(
         rank=rank,
-        weight=plan.batch.shares[rank] / sum(plan.batch.shares),
+        weight=plan.batch.shares[grid.feed(rank)] / sum(plan.batch.shares) * grid.feeds / len(grid.ranks),
         clip_norm=plan.compute.clip_norm,
         validate_every=plan.validation.every,
         checkpoint_every=plan.checkpoint.every,
         keep_best=plan.checkpoint.best,
+        writes_pieces=grid.index(rank, "replicate") == 0,
     )
 
 
@@ -146,7 +148,7 @@ def _pace(
     return OwnPace(store, parts.loader, context.topology.world_size, periods, plan.stop.steps)
 
 
-def _validator(plan: Plan, job: Job, parts: build.Parts, forward: Forward, topology: Topology) -> Validator | None:
+def _validator(plan: Plan, job: Job, parts: build.Parts, forward: Forward, grid: Grid, rank: int) -> Validator | None:
     if parts.validation is None:
         if plan.stop.until or plan.stop.patience:
             raise JobError(
@@ -158,9 +160,9 @@ def _validator(plan: Plan, job: Job, parts: build.Parts, forward: Forward, topol
         dataset=parts.validation,
         forward=forward,
         metrics=job.metrics,
-        rank=topology.rank,
-        world_size=topology.world_size,
-        batch_size=-(-plan.batch.size // (topology.world_size * plan.batch.accumulate)),
+        rank=grid.feed(rank),
+        world_size=grid.feeds,
+        batch_size=-(-plan.batch.size // (grid.feeds * plan.batch.accumulate)),
         limit=plan.validation.samples,
         collate=job.collate,
     )

@@ -18,10 +18,10 @@ from shoal.errors import PlanError
 from shoal.ops import Exchange
 from shoal.plan.parts import build_coder, build_sync
 from shoal.plan.schema import Plan
-from shoal.strategy import layout
+from shoal.strategy import flat
 from shoal.strategy.agreement import agreement_bucket, num_agreements
 from shoal.strategy.bucket import Bucket
-from shoal.strategy.layout import Flat, bucket_bytes
+from shoal.strategy.flat import Flat, bucket_bytes
 from shoal.strategy.sync.allreduce import AllReduceConfig
 from shoal.strategy.sync.gossip import GossipConfig, GossipSync
 from shoal.strategy.sync.local import MEASURED_STEPS, TIMED_EXCHANGES, LocalConfig, Rhythm, num_fragments, rhythm
@@ -78,7 +78,7 @@ def _allreduce(case: Case) -> Iterator[Occasion]:
     config = case.plan.sync
     assert isinstance(config, AllReduceConfig)
     yield _exact(case, agreement_bucket(len(case.views), _on_meta), case.steps)
-    for laid in layout.gradient_buckets(case.parameters, bucket_bytes(config.bucket_mb)):
+    for laid in flat.gradient_buckets(case.parameters, bucket_bytes(config.bucket_mb)):
         yield from _coded(case, laid.bucket(_on_meta, flags=True), case.steps)
 
 
@@ -87,7 +87,7 @@ def _local(case: Case) -> Iterator[Occasion]:
     config = case.plan.sync
     assert isinstance(config, LocalConfig)
     yield _exact(case, agreement_bucket(len(case.views), _on_meta), num_agreements(case.steps))
-    laid = layout.fragments(case.parameters, num_fragments(config), bucket_bytes(config.bucket_mb))
+    laid = flat.fragments(case.parameters, num_fragments(config), bucket_bytes(config.bucket_mb))
     leaving = _departures(case, config, laid)
     for index, fragment in enumerate(laid):
         for section in fragment:
@@ -110,7 +110,7 @@ def _gossip(case: Case) -> Iterator[Occasion]:
     yield _exact(case, agreement_bucket(len(case.views), _on_meta), num_agreements(case.steps))
     saved = _due(case.steps, plan.checkpoint.every) + 1
     validated = _due(case.steps, plan.validation.every) + 1 if case.validates and plan.validation.every else 0
-    [sections] = layout.fragments(case.parameters, 1, bucket_bytes(config.bucket_mb))
+    [sections] = flat.fragments(case.parameters, 1, bucket_bytes(config.bucket_mb))
     for section in sections:
         bucket = section.bucket(_on_meta, flags=False)
         if config.topology == "matching":

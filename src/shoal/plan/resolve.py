@@ -17,6 +17,8 @@ from shoal.errors import PlanError
 from shoal.plan import capability
 from shoal.plan.schema import Plan, StopConfig
 from shoal.plan.until import Until
+from shoal.strategy.layout.config import LayoutConfig
+from shoal.strategy.layout.grid import AXES, nearest_products
 from shoal.strategy.sync.parameter_server import ParameterServerConfig
 
 
@@ -55,12 +57,12 @@ def resolve_plan(plan: Plan, world_size: int) -> Plan:
     Raises:
         PlanError: they do not; the message names both and says what to do.
     """
-    replicate = plan.layout.replicate or world_size
-    shares = plan.batch.shares or (1.0,) * world_size
+    layout = _complete_layout(plan.layout, world_size)
+    shares = plan.batch.shares or (1.0,) * ((layout.replicate or 1) * layout.shard)
     stop = plan.stop if _is_bounded(plan.stop) else dataclasses.replace(plan.stop, epochs=1)
     resolved = dataclasses.replace(
         plan,
-        layout=dataclasses.replace(plan.layout, replicate=replicate),
+        layout=layout,
         batch=dataclasses.replace(plan.batch, shares=tuple(float(share) for share in shares)),
         stop=stop,
     )
@@ -77,6 +79,11 @@ def dump_plan(plan: Plan) -> str:
 def plan_hash(plan: Plan) -> str:
     """Twelve hexadecimal digits that name a resolved plan."""
     return hashlib.sha256(dump_plan(plan).encode()).hexdigest()[:12]
+
+
+def num_ranks(plan: Plan) -> int:
+    """How many ranks a resolved plan lies over."""
+    return math.prod(getattr(plan.layout, axis) or 1 for axis in AXES)
 
 
 def num_servers(plan: Plan) -> int:
@@ -112,28 +119,51 @@ def _is_bounded(stop: StopConfig) -> bool:
     return bool(stop.patience) or any(limit is not None for limit in limits)
 
 
+def _complete_layout(layout: LayoutConfig, world_size: int) -> LayoutConfig:
+    replicate = layout.replicate or max(1, world_size // layout.ranks_per_replica)
+    micro_batches = layout.micro_batches
+    if layout.pipeline > 1 and micro_batches is None:
+        micro_batches = 2 * layout.pipeline * layout.stages
+    return dataclasses.replace(layout, replicate=replicate, micro_batches=micro_batches)
+
+
 def _check_layout(plan: Plan, world_size: int) -> None:
-    if plan.layout.replicate != world_size:
+    layout = plan.layout
+    sizes = {axis: getattr(layout, axis) for axis in AXES}
+    if math.prod(sizes.values()) == world_size:
+        return
+    if layout.ranks_per_replica == 1:
         raise PlanError(
-            f"layout.replicate is {plan.layout.replicate}, but there are {world_size} ranks; set it to {world_size}, "
-            f"leave it out, or start {plan.layout.replicate} ranks"
+            f"layout.replicate is {layout.replicate}, but there are {world_size} ranks; set it to {world_size}, "
+            f"leave it out, or start {layout.replicate} ranks"
         )
+    fitting = "; or ".join(_product(sizes) for sizes in nearest_products(layout, world_size))
+    raise PlanError(
+        f"the layout {_product(sizes)} needs {math.prod(sizes.values())} ranks, but there are {world_size}; the "
+        f"nearest that fit are {fitting}"
+    )
+
+
+def _product(sizes: Mapping[str, int]) -> str:
+    return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "replicate 1"
 
 
 def _check_batch(plan: Plan, world_size: int) -> None:
     shares = plan.batch.shares or ()
-    if len(shares) != world_size:
-        raise PlanError(f"batch.shares has {len(shares)} weights, but there are {world_size} ranks; give one for each")
+    feeds = world_size // (plan.layout.tensor * plan.layout.pipeline)
+    if len(shares) != feeds:
+        parts = f"{world_size} ranks" if feeds == world_size else f"{feeds} parts of a batch (replicate x shard)"
+        raise PlanError(f"batch.shares has {len(shares)} weights, but there are {parts}; give one for each")
     if sum(shares) == 0:
         raise PlanError("batch.shares add up to 0; give at least one rank a weight above 0")
     if sum(shares) == math.inf:
         raise PlanError(
             "batch.shares are too large to add up; only their proportions count, so divide all by the largest"
         )
-    if plan.batch.size < world_size:
+    if plan.batch.size < feeds:
         raise PlanError(
-            f"batch.size is {plan.batch.size}, fewer than the {world_size} ranks; it counts the samples of a step over "
-            f"all ranks, so set at least {world_size}"
+            f"batch.size is {plan.batch.size}, fewer than the {feeds} ranks that take samples; it counts the samples "
+            f"of a step over all ranks, so set at least {feeds}"
         )
 
 

@@ -1,7 +1,7 @@
 """The noun `Plan`: how a job is trained, as plain data. Every table is one frozen dataclass, all that its
 component sees.
 
-The tables of syncs and codecs stand beside their algorithms, in `strategy/`.
+The tables of layouts, syncs and codecs stand beside their algorithms, in `strategy/`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pydantic import Field
 
 from shoal.strategy.codec import CodecConfig
 from shoal.strategy.codec.none import NoneConfig
+from shoal.strategy.layout.config import LayoutConfig
 from shoal.strategy.sync import SyncConfig
 from shoal.strategy.sync.allreduce import AllReduceConfig
 from shoal.strict_toml import STRICT
@@ -22,25 +23,14 @@ Count = Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayoutConfig:
-    """`[layout]`: how one replica of the model lies over devices.
-
-    Attributes:
-        replicate: the number of whole replicas; default: one on each rank.
-    """
-
-    __pydantic_config__: ClassVar = STRICT
-    replicate: Positive | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
 class BatchConfig:
     """`[batch]`: how many samples a step takes, and how they are divided.
 
     Attributes:
         size: samples of a global batch, over all ranks.
         accumulate: micro-batches into which each rank cuts its share; their gradients are summed.
-        shares: a weight for each rank; default: equal. The gradient stays the exact mean over samples.
+        shares: a weight for each rank (under a layout: for each shard of each replica); default: equal. The gradient
+            stays the exact mean over samples.
     """
 
     __pydantic_config__: ClassVar = STRICT

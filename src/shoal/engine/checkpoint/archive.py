@@ -31,7 +31,7 @@ from shoal.errors import CheckpointError
 from shoal.run import sync_folder
 
 _TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
-_FORMAT = 1
+_FORMAT = 2
 _HASH_PIECE_BYTES = 8 * 1024 * 1024
 
 
@@ -183,7 +183,7 @@ def read_private(path: Path, rank: int) -> tuple[Any, dict[str, Tensor]] | None:
         CheckpointError: a file is missing, cut short or changed.
     """
     names = [f"rank-{rank}.safetensors", f"rank-{rank}.json"]
-    with _damage_named(path):
+    with damage_named(path):
         manifest = json.loads((path / _MANIFEST).read_text())
         if names[0] not in manifest["files"]:
             return None
@@ -198,7 +198,7 @@ def verify(path: Path) -> None:
     Raises:
         CheckpointError: a file is missing, cut short or changed.
     """
-    with _damage_named(path):
+    with damage_named(path):
         for name, entry in json.loads((path / _MANIFEST).read_text())["files"].items():
             _verify(path / name, entry)
 
@@ -209,7 +209,7 @@ def read(path: Path) -> tuple[Any, dict[str, Tensor]]:
     Raises:
         CheckpointError: a file is missing, cut short or changed.
     """
-    with _damage_named(path):
+    with damage_named(path):
         manifest = json.loads((path / _MANIFEST).read_text())
         if manifest["format"] != _FORMAT:
             raise CheckpointError(
@@ -222,7 +222,12 @@ def read(path: Path) -> tuple[Any, dict[str, Tensor]]:
 
 
 @contextlib.contextmanager
-def _damage_named(path: Path) -> Iterator[None]:
+def damage_named(path: Path) -> Iterator[None]:
+    """Say which checkpoint it is that cannot be read.
+
+    Raises:
+        CheckpointError: it could not.
+    """
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:

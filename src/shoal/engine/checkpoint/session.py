@@ -16,6 +16,7 @@ from torch.distributed import Store
 from shoal.engine import random_state
 from shoal.engine.checkpoint import archive, tree
 from shoal.engine.checkpoint.archive import Archive, Attachment, Saved
+from shoal.engine.checkpoint.pieces import read_pieces
 from shoal.engine.checkpoint.private import PrivateWriter, collect
 from shoal.engine.checkpoint.writer import CheckpointWriter
 from shoal.errors import CheckpointError
@@ -108,8 +109,12 @@ class CheckpointSession:
             return None
         self._chosen = self._archive.path(choice["path"])
         document, tensors = archive.read(self._chosen)
-        random_state.restore(document["late"][self._rank], self._device)
+        if self._rank < len(document["late"]):  # a run may go on with more ranks
+            random_state.restore(document["late"][self._rank], self._device)
         restored: dict[str, Any] = tree.decode(document["state"], tensors)
+        divided = read_pieces(self._chosen)
+        if divided is not None:
+            restored["model"], restored["optimizer"] = divided
         self.saved_step = int(choice["step"])
         if self._rank == 0:
             self._log.write("resumed", step=choice["step"], checkpoint=choice["path"])

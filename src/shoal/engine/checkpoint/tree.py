@@ -6,6 +6,7 @@ in it by name. A tensor that occurs twice (tied parameters) is stored once.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def encode(value: Any, path: str) -> tuple[Json, dict[str, Tensor]]:
     return encoder.encode(value, path), encoder.tensors
 
 
-def decode(value: Json, tensors: dict[str, Tensor]) -> Any:
+def decode(value: Json, tensors: Mapping[str, Any]) -> Any:
     """Put the tensors back: the inverse of `encode`."""
     match value:
         case {"tensor": name}:

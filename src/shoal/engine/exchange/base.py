@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import Store
 from torch.optim import Optimizer
 
 from shoal.data.loader import Batch
 from shoal.engine.exchange.agreement import Verdict
 from shoal.engine.exchange.communicator import Lane
+from shoal.engine.layout.replica import Replica
 from shoal.events import EventLog
 from shoal.strategy.topology import Topology
 from shoal.wire.traffic import Traffic, total
@@ -31,14 +32,18 @@ class Wiring:
     """What an exchange is built from.
 
     Attributes:
+        replica: this rank's part of its replica.
         lanes: for each lane its transports by group; they belong to the exchange from now on.
+        topology: the ranks that hold the same part of the other replicas, and this one.
+        world: all ranks.
         store: shared by all ranks.
     """
 
-    model: nn.Module
+    replica: Replica
     optimizer: Optimizer
     lanes: list[dict[str, Transport]]
     topology: Topology
+    world: Topology
     device: torch.device
     store: Store
     log: EventLog

@@ -12,16 +12,17 @@ as it would on a single process, so that the optimizer passes it over.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from shoal.engine.exchange import flat
+from shoal.engine.layout.replica import Held, Replica
 from shoal.errors import JobError
 from shoal.strategy.bucket import Bucket
-from shoal.strategy.layout import Flat, gradient_buckets
+from shoal.strategy.flat import Flat, gradient_buckets
 from shoal.wire.transport import Memory
 
 Allocate = Callable[[int, int, torch.dtype], Memory]
@@ -32,15 +33,16 @@ Allocate = Callable[[int, int, torch.dtype], Memory]
 class _Slot:
     """One parameter's place.
 
-    `filled`: its gradient of this step lies there; `counted`: it has come in the last backward, so it is complete.
+    `dressed`: `source` as autograd has to see it; `filled`: its gradient of this step lies there; `counted`: it has
+    come in the last backward, so it is complete.
     """
 
-    name: str
-    parameter: nn.Parameter
+    held: Held
     bucket: int
     source: Tensor
     target: Tensor
     offset: int
+    dressed: Tensor
     filled: bool = False
     counted: bool = False
 
@@ -50,7 +52,7 @@ class GradientBuckets:
 
     def __init__(
         self,
-        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        replica: Replica,
         bucket_bytes: int,
         allocate: Allocate,
         send: Callable[[int, Bucket], None],
@@ -58,28 +60,29 @@ class GradientBuckets:
         """Lay out the buckets and hook the parameters.
 
         Args:
-            named_parameters: each tensor once (tied parameters have one name); frozen ones are passed over.
+            replica: its trainable parameters are meant.
             bucket_bytes: a bucket is closed when it holds as much.
             allocate: makes flat memory; called in the same order on every rank.
             send: called with each bucket and its number once a step, in order, when all its gradients are there.
         """
         self._send = send
-        trainable = [(name, p) for name, p in named_parameters if p.requires_grad]
+        self._replica = replica
+        by_name = {held.name: held for held in replica.held}
         self.buckets: list[Bucket] = []
         self._slots: list[_Slot] = []
-        for laid in gradient_buckets(trainable, bucket_bytes):
-            self._lay_out(laid, allocate)
+        for laid in gradient_buckets(replica.named_locals, bucket_bytes):
+            self._lay_out(laid, by_name, allocate)
         self._slots_of = [[s for s in self._slots if s.bucket == index] for index in range(len(self.buckets))]
         self._missing = [0] * len(self.buckets)
         self._next = 0
         self._sending = False
-        self._hooks = [slot.parameter.register_post_accumulate_grad_hook(self._hook(slot)) for slot in self._slots]
+        self._hooks = [slot.held.owner.register_post_accumulate_grad_hook(self._hook(slot)) for slot in self._slots]
 
     def begin(self) -> None:
         """A new step: no gradient is there yet."""
+        self._replica.clear_gradients()
         for slot in self._slots:
             slot.filled = False
-            slot.parameter.grad = None
 
     def begin_last_backward(self) -> None:
         """From now on a bucket is sent as soon as it is full."""
@@ -102,35 +105,43 @@ class GradientBuckets:
             How many parameters have a gradient.
         """
         used = torch.cat([bucket.target[bucket.num_values :] for bucket in self.buckets]).tolist()
-        for slot, count in zip(self._slots, used, strict=True):
-            slot.parameter.grad = slot.target if count > 0 else None
-        return sum(count > 0 for count in used)
+        flags = {slot.held.name: count > 0 for slot, count in zip(self._slots, used, strict=True)}
+        anywhere = self._replica.used_anywhere([flags[held.name] for held in self._replica.held])
+        flags = {held.name: flag for held, flag in zip(self._replica.held, anywhere, strict=True)}
+        for slot in self._slots:
+            slot.held.owner.grad = None
+            slot.held.local.grad = slot.target if flags[slot.held.name] else None
+        return sum(flags.values())
 
     def views(self, memories: Sequence[Tensor]) -> list[tuple[nn.Parameter, Tensor]]:
         """Each parameter with its place in other memory that is laid out like the buckets' values."""
-        return [(s.parameter, flat.view_like(s.parameter, memories[s.bucket], s.offset)) for s in self._slots]
+        return [(s.held.local, flat.view_like(s.held.local, memories[s.bucket], s.offset)) for s in self._slots]
+
+    def reduced(self) -> list[tuple[Held, Tensor]]:
+        """Each parameter with its sum over the replicas, after the exchange."""
+        return [(slot.held, slot.target) for slot in self._slots]
 
     def close(self) -> None:
         """Take the hooks off the parameters."""
         for hook in self._hooks:
             hook.remove()
 
-    def _lay_out(self, laid: Flat[nn.Parameter], allocate: Allocate) -> None:
+    def _lay_out(self, laid: Flat[nn.Parameter], held: Mapping[str, Held], allocate: Allocate) -> None:
         index = len(self.buckets)
         bucket = laid.bucket(functools.partial(allocate, index), flags=True)
         self.buckets.append(bucket)
         for (name, p), piece in zip(laid.named, laid.pieces, strict=True):
             source, target = (flat.view_like(p, whole, piece.offset) for whole in (bucket.source, bucket.target))
-            self._slots.append(_Slot(name, p, index, source, target, piece.offset))
+            self._slots.append(_Slot(held[name], index, source, target, piece.offset, held[name].like_owner(source)))
 
     def _hook(self, slot: _Slot) -> Callable[[Tensor], None]:
         def on_gradient(parameter: Tensor) -> None:
             gradient = parameter.grad
             assert gradient is not None
-            if gradient is not slot.source:
-                _check_dense(slot.name, gradient)
-                slot.source.copy_(gradient)
-                parameter.grad = slot.source
+            if gradient is not slot.dressed:
+                _check_dense(slot.held.name, gradient)
+                slot.source.copy_(slot.held.local_of(gradient))
+                parameter.grad = slot.dressed
             slot.filled = True
             if self._sending:
                 _check_once(slot)
@@ -150,7 +161,9 @@ class GradientBuckets:
         for slot in slots:
             if not slot.filled:
                 slot.source.zero_()
-        flags = torch.tensor([slot.filled for slot in slots], dtype=bucket.source.dtype)
+        flags = torch.tensor(
+            [slot.filled and self._replica.used(slot.held.name) for slot in slots], dtype=bucket.source.dtype
+        )
         bucket.source[bucket.num_values :].copy_(flags, non_blocking=True)
         self._send(self._next, bucket)
         self._next += 1
@@ -168,6 +181,6 @@ def _check_once(slot: _Slot) -> None:
     """A bucket may be on its way when the second gradient comes: refuse rather than exchange half of one."""
     if slot.counted:
         raise JobError(
-            f"the gradient of {slot.name} came twice in one backward, as reentrant activation checkpointing makes it; "
-            "use torch.utils.checkpoint with use_reentrant=False"
+            f"the gradient of {slot.held.name} came twice in one backward, as reentrant activation checkpointing makes "
+            "it; use torch.utils.checkpoint with use_reentrant=False"
         )

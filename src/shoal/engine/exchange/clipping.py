@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 
+from shoal.engine.layout.replica import Replica
 from shoal.errors import JobError
 from shoal.ops import NODE, AllReduce, Barrier, Exchange
 from shoal.strategy.bucket import Bucket
@@ -41,24 +41,23 @@ def clip(buckets: Sequence[Bucket], max_norm: float, square: Bucket, *, shared: 
     return norm
 
 
-def clip_own(model: nn.Module, max_norm: float) -> float:
-    """The same for a rank that trains by itself; returns the norm before clipping."""
-    return float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm))
+def scale(buckets: Sequence[Bucket], factor: float, *, shared: bool) -> Exchange:
+    """Multiply the reduced gradients by `factor`, once all ranks that share their memory have looked at them."""
+    if shared:
+        yield Barrier(NODE)
+    for bucket in buckets:
+        bucket.target[bucket.portion].mul_(factor)
+    if shared:
+        yield Barrier(NODE)
 
 
-def clear_gradients(model: nn.Module) -> None:
-    """A new step: no gradient is there yet."""
-    for parameter in model.parameters():
-        parameter.grad = None
-
-
-def require_gradients(model: nn.Module) -> None:
+def require_gradients(replica: Replica) -> None:
     """Check that there is something to learn from.
 
     Raises:
         JobError: no parameter has a gradient.
     """
-    if all(parameter.grad is None for parameter in model.parameters()):
+    if replica.is_whole and all(held.local.grad is None for held in replica.held):
         raise no_gradient()
 
 

@@ -1,10 +1,8 @@
-"""Parameters in flat memory: which there are, and how a view of each looks. Where each lies: strategy/layout.py."""
+"""Parameters in flat memory: which there are, and how a view of each looks. Where each lies: strategy/flat.py."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
-
-NamedParameter = tuple[str, nn.Parameter]
 
 
 def view_like(parameter: nn.Parameter, flat: Tensor, offset: int) -> Tensor:
@@ -13,8 +11,3 @@ def view_like(parameter: nn.Parameter, flat: Tensor, offset: int) -> Tensor:
     if parameter.numel() == span:
         return flat.as_strided(parameter.shape, parameter.stride(), flat.storage_offset() + offset)
     return flat[offset : offset + parameter.numel()].view(parameter.shape)
-
-
-def trainable(model: nn.Module) -> list[NamedParameter]:
-    """Each tensor once (tied parameters have one name), frozen ones left out."""
-    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]

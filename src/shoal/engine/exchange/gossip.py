@@ -15,12 +15,12 @@ from shoal.data.loader import Batch
 from shoal.engine.exchange import parameters
 from shoal.engine.exchange.agreement import Agreement, Verdict
 from shoal.engine.exchange.base import OnLanes, Wiring, copied
-from shoal.engine.exchange.clipping import clear_gradients, clip_own, require_gradients
+from shoal.engine.exchange.clipping import require_gradients
 from shoal.engine.exchange.lagged import LaggedAgreement
 from shoal.ops import WORLD
 from shoal.strategy.bucket import Bucket
 from shoal.strategy.codec.feedback import Coder
-from shoal.strategy.layout import bucket_bytes
+from shoal.strategy.flat import bucket_bytes
 from shoal.strategy.sync.gossip import GossipSync
 from shoal.wire.collectives import sum_over_world
 
@@ -38,7 +38,7 @@ class GossipExchange(OnLanes):
         rank, self._world_size = wiring.topology.rank, wiring.topology.world_size
         allocate = self._lanes[0].transports[WORLD].allocate
         self._agreement = LaggedAgreement(Agreement(rank, self._world_size, allocate), self._lanes[0], sync, rank)
-        [self._sections] = parameters.lay_out(wiring.model, 1, bucket_bytes(sync.config.bucket_mb))
+        [self._sections] = parameters.lay_out(wiring.replica, 1, bucket_bytes(sync.config.bucket_mb))
         self._buckets = []
         for section in self._sections:
             memory = self._lanes[1].transports[WORLD].allocate(len(section.values), section.values.dtype)
@@ -53,8 +53,8 @@ class GossipExchange(OnLanes):
 
     def begin(self, batch: Batch, clock: int) -> None:
         """Start to mix the parameters as they are now."""
-        clear_gradients(self._wiring.model)
-        self._weight = batch.share / batch.size
+        self._wiring.replica.clear_gradients()
+        self._weight = batch.replica_share / batch.size
         for section, bucket in zip(self._sections, self._buckets, strict=True):
             bucket.source.copy_(section.values)
             self._mixing.append(self._lanes[1].submit(self._sync.mix(bucket, self._step)))
@@ -73,12 +73,12 @@ class GossipExchange(OnLanes):
 
     def clip(self, max_norm: float) -> float:
         """Clip this rank's own gradient."""
-        return clip_own(self._wiring.model, max_norm)
+        return self._wiring.replica.clip(max_norm)
 
     def install(self) -> None:
         """Take in the mixture; the gradient of the parameters before is applied to it."""
         if self._weight:
-            require_gradients(self._wiring.model)
+            require_gradients(self._wiring.replica)
         for future in self._mixing:
             self._lanes[1].wait(future)
         self._mixing.clear()
@@ -98,9 +98,9 @@ class GossipExchange(OnLanes):
             for section, mean in zip(self._sections, means, strict=True)
         )
         distance = math.sqrt(sum_over_world([square])[0] / self._world_size)
-        if self._wiring.topology.rank == 0:
+        if self._wiring.world.rank == 0:
             self._wiring.log.write("consensus", step=self._step, distance=distance)
-        with parameters.holding(self._sections, means):
+        with parameters.holding(self._wiring.replica, self._sections, means):
             yield
 
     def conclude(self) -> bool:
@@ -112,8 +112,8 @@ class GossipExchange(OnLanes):
 
     def model_state(self) -> dict[str, Any]:
         """The model with the mean of all replicas. Collective."""
-        with parameters.holding(self._sections, self._means()):
-            state: dict[str, Any] = self._wiring.model.state_dict()
+        with parameters.holding(self._wiring.replica, self._sections, self._means()):
+            state: dict[str, Any] = self._wiring.replica.state_dict()
             return state
 
     def state_dict(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -15,12 +16,12 @@ from shoal.engine.exchange.adam import CompressedAdam
 from shoal.engine.exchange.agreement import Agreement, Verdict
 from shoal.engine.exchange.base import OnLanes, Wiring, copied
 from shoal.engine.exchange.buckets import GradientBuckets
-from shoal.engine.exchange.clipping import clip, no_gradient
+from shoal.engine.exchange.clipping import clip, no_gradient, scale
 from shoal.engine.exchange.communicator import Lane
 from shoal.ops import NODE, WORLD
 from shoal.strategy.bucket import Bucket
 from shoal.strategy.codec.feedback import Coder
-from shoal.strategy.layout import bucket_bytes
+from shoal.strategy.flat import bucket_bytes
 from shoal.strategy.sync.allreduce import AllReduceSync
 from shoal.wire.transport import Memory
 
@@ -33,12 +34,10 @@ class GradientExchange(OnLanes):
 
     def __init__(self, wiring: Wiring, sync: AllReduceSync, coder: Coder | None) -> None:
         """Lay out the buckets of gradients; collective. Buckets go to lanes in turn, all else to the first."""
-        self._sync, self._coder, self._model = sync, coder, wiring.model
+        self._sync, self._coder, self._replica = sync, coder, wiring.replica
         super().__init__(wiring)
         self._group = NODE if sync.hierarchical else WORLD
-        self._buckets = GradientBuckets(
-            wiring.model.named_parameters(), bucket_bytes(sync.config.bucket_mb), self._allocate, self._send
-        )
+        self._buckets = GradientBuckets(wiring.replica, bucket_bytes(sync.config.bucket_mb), self._allocate, self._send)
         rank, world_size = wiring.topology.rank, wiring.topology.world_size
         allocate = functools.partial(self._allocate, 0)
         self._agreement = Agreement(rank, world_size, allocate)
@@ -82,12 +81,28 @@ class GradientExchange(OnLanes):
         """Scale the reduced gradients down to `max_norm`; return their norm before that."""
         if self._adam is not None and self._adam.compressed:
             return self._norm  # momentum has arrived, clipped already
-        shared = self._sync.hierarchical and self._square.source.data_ptr() != self._square.target.data_ptr()
-        exchange = clip(self._buckets.buckets, max_norm, self._square, shared=shared)
-        self._norm = float(self._lanes[0].wait(self._lanes[0].submit(exchange)))
+        if self._replica.is_whole:
+            exchange = clip(self._buckets.buckets, max_norm, self._square, shared=self._shared)
+            self._norm = float(self._lanes[0].wait(self._lanes[0].submit(exchange)))
+        else:
+            self._norm = self._clip_divided(max_norm)
         if self._adam is not None:
             self._adam.clipped(self._norm, max_norm)
         return self._norm
+
+    @property
+    def _shared(self) -> bool:
+        """Whether the ranks of a node reduce into one memory."""
+        return self._sync.hierarchical and self._square.source.data_ptr() != self._square.target.data_ptr()
+
+    def _clip_divided(self, max_norm: float) -> float:
+        """The same where the reduced gradient lies in pieces over the ranks of a replica."""
+        norm = math.sqrt(self._replica.square_norm(self._buckets.reduced()))
+        factor = max_norm / (norm + 1e-6)
+        if factor < 1:
+            exchange = scale(self._buckets.buckets, factor, shared=self._shared)
+            self._lanes[0].wait(self._lanes[0].submit(exchange))
+        return norm
 
     def install(self) -> None:
         """Make the reduced gradients the parameters' `grad`.
@@ -95,7 +110,7 @@ class GradientExchange(OnLanes):
         Raises:
             JobError: no rank had a gradient for anything.
         """
-        if self._buckets.install() == 0:
+        if self._buckets.install() == 0 and self._replica.is_whole:
             raise no_gradient()
 
     def release(self) -> None:
@@ -112,7 +127,7 @@ class GradientExchange(OnLanes):
 
     def model_state(self) -> dict[str, Any]:
         """The model's own."""
-        state: dict[str, Any] = self._model.state_dict()
+        state: dict[str, Any] = self._replica.state_dict()
         return state
 
     def state_dict(self) -> dict[str, Any]:

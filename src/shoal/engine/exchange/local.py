@@ -16,13 +16,13 @@ from shoal.data.loader import Batch
 from shoal.engine.exchange import parameters
 from shoal.engine.exchange.agreement import Agreement, Verdict
 from shoal.engine.exchange.base import OnLanes, Wiring, copied
-from shoal.engine.exchange.clipping import clear_gradients, clip_own, require_gradients
+from shoal.engine.exchange.clipping import require_gradients
 from shoal.engine.exchange.lagged import LaggedAgreement
 from shoal.engine.exchange.parameters import Section
 from shoal.ops import NODE, WORLD
 from shoal.strategy.bucket import Bucket
 from shoal.strategy.codec.feedback import Coder
-from shoal.strategy.layout import bucket_bytes
+from shoal.strategy.flat import bucket_bytes
 from shoal.strategy.sync.local import (
     MEASURED_STEPS,
     TIMED_EXCHANGES,
@@ -79,7 +79,7 @@ class LocalExchange(OnLanes):
         rank, world_size = wiring.topology.rank, wiring.topology.world_size
         agreement = Agreement(rank, world_size, lambda n, dtype: self._allocate(0, n, dtype))
         self._agreement = LaggedAgreement(agreement, self._lanes[0], sync, rank)
-        laid = parameters.lay_out(wiring.model, num_fragments(sync.config), bucket_bytes(sync.config.bucket_mb))
+        laid = parameters.lay_out(wiring.replica, num_fragments(sync.config), bucket_bytes(sync.config.bucket_mb))
         self._fragments = [_Fragment([self._part(section) for section in sections]) for sections in laid]
         self._parts = [part for fragment in self._fragments for part in fragment.parts]
         self._fence: Future[Any] | None = None
@@ -93,14 +93,14 @@ class LocalExchange(OnLanes):
 
     def denominator(self, batch: Batch) -> float:
         """This rank's own samples: it trains by itself."""
-        return max(batch.share, 1)
+        return max(batch.replica_share, 1)
 
     def begin(self, batch: Batch, clock: int) -> None:
         """Count the samples, which are the weights of the next averages."""
-        clear_gradients(self._wiring.model)
-        self._weight = batch.share / batch.size
+        self._wiring.replica.clear_gradients()
+        self._weight = batch.replica_share / batch.size
         for fragment in self._fragments:
-            fragment.own_samples += batch.share
+            fragment.own_samples += batch.replica_share
             fragment.all_samples += batch.size
 
     def before_backward(self) -> None:
@@ -116,12 +116,12 @@ class LocalExchange(OnLanes):
 
     def clip(self, max_norm: float) -> float:
         """Clip this rank's own gradient."""
-        return clip_own(self._wiring.model, max_norm)
+        return self._wiring.replica.clip(max_norm)
 
     def install(self) -> None:
         """The gradients are where autograd put them."""
         if self._weight:
-            require_gradients(self._wiring.model)
+            require_gradients(self._wiring.replica)
 
     def release(self) -> None:
         """Merge what is due, and let leave what is due."""
@@ -140,7 +140,7 @@ class LocalExchange(OnLanes):
     def consensus(self) -> Iterator[None]:
         """The anchor is what all ranks agree on."""
         sections, anchors = [part.section for part in self._parts], [part.anchor for part in self._parts]
-        with parameters.holding(sections, anchors):
+        with parameters.holding(self._wiring.replica, sections, anchors):
             yield
 
     def conclude(self) -> bool:
@@ -159,7 +159,7 @@ class LocalExchange(OnLanes):
     def model_state(self) -> dict[str, Any]:
         """The model with the anchor's values."""
         with self.consensus():
-            state: dict[str, Any] = self._wiring.model.state_dict()
+            state: dict[str, Any] = self._wiring.replica.state_dict()
             return state
 
     def state_dict(self) -> dict[str, Any]:
@@ -264,7 +264,7 @@ class LocalExchange(OnLanes):
         self._base = self._step
         exchange_s = self._time_exchange()
         step_s = sorted(self._measured_s)[len(self._measured_s) // 2]
-        rank, world_size = self._wiring.topology.rank, self._wiring.topology.world_size
+        rank, world_size = self._wiring.world.rank, self._wiring.world.world_size
         own = [0.0] * (2 * world_size)
         own[rank], own[world_size + rank] = step_s, exchange_s
         told = sum_over_world(own)
@@ -290,5 +290,5 @@ class LocalExchange(OnLanes):
 
     def _settle(self, every: int) -> None:
         self._rhythm = rhythm(self._config, every, len(self._fragments))
-        if self._wiring.topology.rank == 0:
+        if self._wiring.world.rank == 0:
             self._wiring.log.write("rhythm", every=every, fragments=len(self._fragments), overlap=self._rhythm.overlap)

@@ -23,7 +23,7 @@ from torch import Tensor
 from shoal.data.loader import Batch
 from shoal.engine.exchange.agreement import Verdict
 from shoal.engine.exchange.base import Wiring
-from shoal.engine.exchange.clipping import clear_gradients, require_gradients
+from shoal.engine.exchange.clipping import require_gradients
 from shoal.engine.exchange.gossip import GossipExchange
 from shoal.errors import PeerLostError
 from shoal.strategy.codec.feedback import Coder
@@ -73,8 +73,8 @@ class PairsExchange(GossipExchange):
 
     def begin(self, batch: Batch, clock: int) -> None:
         """Compute with the values as they are now."""
-        clear_gradients(self._wiring.model)
-        self._weight = batch.share / batch.size
+        self._wiring.replica.clear_gradients()
+        self._weight = batch.replica_share / batch.size
         self._show()
 
     def before_last_backward(self, loss: Tensor, *, stop: bool) -> None:
@@ -89,7 +89,7 @@ class PairsExchange(GossipExchange):
     def install(self) -> None:
         """Take in what was averaged meanwhile; until `release` nobody else may change the values."""
         if self._weight:
-            require_gradients(self._wiring.model)
+            require_gradients(self._wiring.replica)
         self._lock.acquire()
         self._show()
 

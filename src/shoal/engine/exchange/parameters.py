@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from shoal.engine.exchange import flat
+from shoal.engine.layout.replica import Replica
 from shoal.strategy.bucket import Piece
-from shoal.strategy.layout import Flat, fragments
+from shoal.strategy.flat import Flat, fragments
 
 
 @dataclass(frozen=True)
@@ -34,24 +35,29 @@ class Section:
         return [flat.view_like(p, memory, piece.offset) for p, piece in pairs]
 
 
-def lay_out(model: nn.Module, num_fragments: int, bucket_bytes: float) -> list[list[Section]]:
-    """Move a model's trainable parameters into flat memory.
+def lay_out(replica: Replica, num_fragments: int, bucket_bytes: float) -> list[list[Section]]:
+    """Move what a rank holds of a model's trainable parameters into flat memory.
 
     Returns:
-        For each fragment its sections: see `strategy.layout.fragments`.
+        For each fragment its sections: see `strategy.flat.fragments`.
     """
-    laid = fragments(flat.trainable(model), num_fragments, bucket_bytes)
+    laid = fragments(replica.named_locals, num_fragments, bucket_bytes)
     return [[_take(section) for section in fragment] for fragment in laid]
 
 
 @contextmanager
-def holding(sections: Sequence[Section], memories: Sequence[Tensor]) -> Iterator[None]:
-    """While it lasts the parameters show `memories` in place of the sections' own values; nothing is copied."""
+def holding(replica: Replica, sections: Sequence[Section], memories: Sequence[Tensor]) -> Iterator[None]:
+    """While it lasts the parameters show `memories` in place of the sections' own values.
+
+    Nothing is copied where this rank holds the whole model.
+    """
     _point(sections, memories)
+    replica.publish()
     try:
         yield
     finally:
         _point(sections, [section.values for section in sections])
+        replica.publish()
 
 
 def _point(sections: Sequence[Section], memories: Sequence[Tensor]) -> None:

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from shoal.data.loader import Batch
-from shoal.engine.exchange import flat
 from shoal.engine.exchange.agreement import Agreement, Verdict
 from shoal.engine.exchange.base import Wiring, copied
-from shoal.engine.exchange.clipping import clear_gradients, clip_own, require_gradients
+from shoal.engine.exchange.clipping import require_gradients
 from shoal.engine.exchange.communicator import Lane
 from shoal.engine.exchange.lagged import LaggedAgreement
 from shoal.job.sparse_table import SparseTable, sparse_tables
@@ -46,9 +45,9 @@ class ServersExchange:
         self._rank, self._world_size = wiring.topology.rank, wiring.topology.world_size
         allocate = lane.transports[WORLD].allocate
         self._agreement = LaggedAgreement(Agreement(self._rank, self._world_size, allocate), lane, sync, self._rank)
-        self._parameters = dict(flat.trainable(wiring.model))
+        self._parameters = dict(wiring.replica.named_locals)
         self._client = self._connect()
-        self._tables = dict(sparse_tables(wiring.model))
+        self._tables = dict(sparse_tables(wiring.replica.model))
         self._remote = {name: self._attach(name, table) for name, table in self._tables.items()}
         if self._rank == 0:
             self._client.load({name: p.detach() for name, p in self._parameters.items()})
@@ -77,8 +76,8 @@ class ServersExchange:
 
     def begin(self, batch: Batch, clock: int) -> None:
         """Take the values that were pulled; where the mode allows it, let the next ones come while this computes."""
-        clear_gradients(self._wiring.model)
-        self._weight, self._clock = batch.share / batch.size, clock
+        self._wiring.replica.clear_gradients()
+        self._weight, self._clock = batch.replica_share / batch.size, clock
         if not self._fresh:
             self._take(self._pull or self._ask(clock))
             if not self.asynchronous:
@@ -106,18 +105,18 @@ class ServersExchange:
 
     def clip(self, max_norm: float) -> float:
         """Clip this rank's own gradient."""
-        return clip_own(self._wiring.model, max_norm)
+        return self._wiring.replica.clip(max_norm)
 
     def install(self) -> None:
         """Push the gradients; the servers' optimizers take the step, and this rank's own finds none."""
         if self._weight:
-            require_gradients(self._wiring.model)
+            require_gradients(self._wiring.replica)
         self._settle_pushes(keep=1)
         gradients = {
             name: torch.zeros_like(p) if p.grad is None else p.grad.detach().cpu().contiguous()
             for name, p in self._parameters.items()
         }
-        clear_gradients(self._wiring.model)
+        self._wiring.replica.clear_gradients()
         if self._overlaps:
             push = self._client.push(gradients, self._clock, self._coder)
         else:
@@ -151,7 +150,7 @@ class ServersExchange:
     def model_state(self) -> dict[str, Any]:
         """The model with the servers' values. Collective."""
         self._refresh()
-        state: dict[str, Any] = self._wiring.model.state_dict()
+        state: dict[str, Any] = self._wiring.replica.state_dict()
         return state
 
     def state_dict(self) -> dict[str, Any]:

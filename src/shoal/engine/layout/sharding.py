@@ -1,0 +1,33 @@
+"""The shard axis: FSDP2 over a model's blocks, with gradients summed exactly as Shoal weighs them.
+
+Zhao et al. 2023, PyTorch FSDP; torch.distributed.fsdp.fully_shard.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+from shoal.engine.layout.blocks import blocks
+
+
+def shard(model: nn.Module, mesh: DeviceMesh, *, bf16: bool, offload: bool) -> None:
+    """Divide the parameters of a model over `mesh`, block by block.
+
+    Args:
+        bf16: gather parameters as bfloat16 and sum gradients in float32; what is held stays as it is.
+        offload: hold parameters in the CPU's memory while the mesh's device computes.
+    """
+    precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
+    place = CPUOffloadPolicy() if offload and mesh.device_type != "cpu" else OffloadPolicy()
+    parts = [*blocks(model).values(), model]
+    for part in parts:
+        fully_shard(part, mesh=mesh, mp_policy=precision, offload_policy=place)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # Losses are divided by the global batch already: the sum over ranks is the gradient, whatever their shares.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(enable=True)
+            module.set_reduce_scatter_unused_params(True)
