@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +13,15 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset
 
-from shoal.data.loader import Loader, LoaderConfig, num_samples
+from shoal.data.loader import Cursor, Loader, LoaderConfig, num_samples
 from shoal.engine import random_state
 from shoal.engine.exchange import EXCHANGES, ReplicaExchange
 from shoal.engine.exchange.base import Wiring
-from shoal.engine.layout.divide import divide, take_place
+from shoal.engine.layout.divide import Divided, divide
 from shoal.engine.layout.lanes import Lanes
+from shoal.engine.layout.pipeline.line import Line
+from shoal.engine.layout.pipeline.trace import Call, Traced, call_of
+from shoal.engine.layout.place import take_place
 from shoal.engine.layout.replica import Replica
 from shoal.engine.replicas import make_equal
 from shoal.errors import JobError, MachineError
@@ -37,6 +40,7 @@ class Parts:
     """What one rank trains with."""
 
     replica: Replica
+    pipeline: tuple[Line, Traced] | None
     optimizer: Optimizer
     schedule: LRScheduler | None
     loader: Loader
@@ -90,20 +94,29 @@ def build_parts(job: Job, plan: Plan, topology: Topology, grid: Grid, device: to
     model = _model(job, device)
     _check_tables(model, plan)
     make_equal(model)
-    replica = _replica(model, plan, topology, grid, device)
+    divided = _divide(model, plan, topology, grid, device, example=lambda: _example(job, loader))
+    replica = divided.replica
     parameters = [held.local for held in replica.held]
     optimizer = job.optimizer(parameters)
     _check_optimizer(optimizer, parameters)
     schedule = job.schedule(optimizer) if job.schedule else None
     random_state.seed_all(plan.seed, grid.feed(topology.rank) + 1)
-    return Parts(replica, optimizer, schedule, loader, validation)
+    return Parts(replica, divided.pipeline, optimizer, schedule, loader, validation)
 
 
-def _replica(model: nn.Module, plan: Plan, topology: Topology, grid: Grid, device: torch.device) -> Replica:
+def _divide(
+    model: nn.Module, plan: Plan, topology: Topology, grid: Grid, device: torch.device, example: Callable[[], Call]
+) -> Divided:
     if plan.layout.ranks_per_replica == 1:
-        return Replica.whole(model)
+        return Divided(Replica.whole(model))
     place = take_place(plan.layout, grid, topology.rank, device)
-    return divide(model, place, bf16=plan.compute.precision == "bf16")
+    return divide(model, place, bf16=plan.compute.precision == "bf16", example=example)
+
+
+def _example(job: Job, loader: Loader) -> Call:
+    """What the first micro-batch calls the model with."""
+    _, samples = loader.part(Cursor(), 0).micro_batches[0]
+    return call_of(job.loss, samples)
 
 
 def build_exchange(
@@ -138,6 +151,8 @@ def no_effect(plan: Plan, world: Topology, grid: Grid, parts: Parts, job: Job) -
         )
     if getattr(plan.sync, "form", None) == "hierarchical" and not topology.has_neighbours:
         idle.append("sync.form = hierarchical has no effect: every node has one rank")
+    if job.sample is not None and not parts.replica.is_whole:
+        idle.append("the job's sample has no effect: no rank holds the whole model")
     if job.metrics and parts.validation is None:
         idle.append("the job's metrics have no effect: its data has no validation part")
     return idle
@@ -163,7 +178,7 @@ def _loader_config(plan: Plan, device: torch.device) -> LoaderConfig:
         seed=plan.seed,
         batch_size=plan.batch.size,
         shares=plan.batch.shares,
-        accumulate=plan.batch.accumulate,
+        accumulate=plan.batch.accumulate if plan.layout.pipeline == 1 else plan.layout.micro_batches or 1,
         shuffle=plan.data.shuffle,
         drop_last=plan.data.drop_last,
         num_workers=plan.data.workers,

@@ -17,8 +17,8 @@ class Forward:
 
     def __init__(self, model: nn.Module, loss: Loss, device: torch.device, precision: str) -> None:
         self.model = model
-        self._loss = loss
-        self._device = device
+        self.loss = loss
+        self.device = device
         self._autocast = precision == "bf16"
 
     def __call__(self, samples: Any) -> tuple[Tensor, Any, Any]:
@@ -27,19 +27,29 @@ class Forward:
         Raises:
             JobError: the loss is not a scalar, or lies on another device.
         """
-        moved = to_device(samples, self._device)
-        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._autocast):
-            result = self._loss(self.model, moved)
+        moved = to_device(samples, self.device)
+        loss, outputs = self.loss_of(self.model, moved)
+        return loss, outputs, moved
+
+    @property
+    def has_outputs(self) -> bool:
+        """Whether this rank gets the loss and the outputs."""
+        return True
+
+    def loss_of(self, model: nn.Module, moved: Any) -> tuple[Tensor, Any]:
+        """The mean loss on samples that are on the device, and the model's outputs if the job gives them."""
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._autocast):
+            result = self.loss(model, moved)
         loss, outputs = result if isinstance(result, tuple) else (result, None)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise JobError(f"the job's loss returned {got}, expected one number: the mean over the batch's samples")
-        if loss.device.type != self._device.type:
+        if loss.device.type != self.device.type:
             raise JobError(
-                f"the job's loss is on {loss.device}, but this rank computes on {self._device}; take the device from "
+                f"the job's loss is on {loss.device}, but this rank computes on {self.device}; take the device from "
                 "the batch or the model instead of naming it"
             )
-        return loss.reshape(()), outputs, moved
+        return loss.reshape(()), outputs
 
 
 def to_device(samples: Any, device: torch.device) -> Any:

@@ -70,7 +70,7 @@ class Loop:
     def __init__(self, config: LoopConfig, crew: Crew, progress: Progress) -> None:
         self._config = config
         self._crew = crew
-        self._average_buffers = BufferAverage(crew.parts.model, config.weight)
+        self._average_buffers = BufferAverage(crew.parts.model, config.weight, crew.parts.replica.peers)
         self._clock = _Clock(progress.seconds)
         self._free_at = time.perf_counter()
         self.progress = progress

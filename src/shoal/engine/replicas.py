@@ -37,8 +37,9 @@ def make_equal(model: nn.Module) -> bool:
 class BufferAverage:
     """Averages buffers that training changes (batch norm's running statistics) when they are about to be looked at."""
 
-    def __init__(self, model: nn.Module, weight: float) -> None:
-        """`weight`: this rank's part of every batch; all ranks' weights sum to 1."""
+    def __init__(self, model: nn.Module, weight: float, group: dist.ProcessGroup | None = None) -> None:
+        """`weight`: this rank's part of every batch; over `group` (default: all ranks) the weights sum to 1."""
+        self._group = group
         self._weight = weight
         self._buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
         self._versions = [buffer._version for buffer in self._buffers]
@@ -50,10 +51,10 @@ class BufferAverage:
         pairs = zip(self._buffers, self._versions, strict=True)
         changed = torch.tensor([float(buffer._version != version) for buffer, version in pairs])
         with failures_as_lost_peers("averaging buffers"):
-            dist.all_reduce(changed)
+            dist.all_reduce(changed, group=self._group)
             for buffer, count in zip(self._buffers, changed.tolist(), strict=True):
                 if count > 0:
-                    dist.all_reduce(buffer.mul_(self._weight))
+                    dist.all_reduce(buffer.mul_(self._weight), group=self._group)
         self._versions = [buffer._version for buffer in self._buffers]
 
 

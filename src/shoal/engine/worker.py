@@ -23,9 +23,10 @@ from shoal._version import __version__
 from shoal.engine import build, control
 from shoal.engine.checkpoint.archive import Archive
 from shoal.engine.checkpoint.session import CheckpointSession
-from shoal.engine.computation import Direct
+from shoal.engine.computation import Computation, Direct
 from shoal.engine.exchange import ReplicaExchange
 from shoal.engine.forward import Forward
+from shoal.engine.layout.pipeline.forward import Pipelined, PipelinedForward
 from shoal.engine.loop import Crew, Loop, LoopConfig, restore, restore_private
 from shoal.engine.pace import InStep, OwnPace
 from shoal.engine.progress import Progress
@@ -107,13 +108,13 @@ def _assemble(context: _Context, job: Job, stop_request: control.StopRequest, *,
     private = checkpoints.restore_private() if state else None
     if private is not None:
         restore_private(parts, exchange, private)
-    forward = Forward(parts.model, job.loss, device, plan.compute.precision)
+    forward, computation = _computation(plan, job, parts, device)
     if rank == 0:
         for message in build.no_effect(plan, topology, grid, parts, job):
             log.write("warning", message=message)
     crew = Crew(
         parts=parts,
-        computation=Direct(forward, parts.replica),
+        computation=computation,
         exchange=exchange,
         checkpoints=checkpoints,
         validator=_validator(plan, job, parts, forward, grid, rank),
@@ -125,11 +126,20 @@ def _assemble(context: _Context, job: Job, stop_request: control.StopRequest, *,
     return Loop(_loop_config(plan, grid, rank), crew, progress)
 
 
+def _computation(plan: Plan, job: Job, parts: build.Parts, device: torch.device) -> tuple[Forward, Computation]:
+    forward = Forward(parts.model, job.loss, device, plan.compute.precision)
+    if parts.pipeline is None:
+        return forward, Direct(forward, parts.replica)
+    line, traced = parts.pipeline
+    pipelined = PipelinedForward(forward, line, traced)
+    return pipelined, Pipelined(pipelined, line, parts.replica)
+
+
 def _loop_config(plan: Plan, grid: Grid, rank: int) -> LoopConfig:
     assert plan.batch.shares is not None
     return LoopConfig(
         rank=rank,
-        weight=plan.batch.shares[grid.feed(rank)] / sum(plan.batch.shares) * grid.feeds / len(grid.ranks),
+        weight=plan.batch.shares[grid.feed(rank)] / sum(plan.batch.shares) / plan.layout.tensor,
         clip_norm=plan.compute.clip_norm,
         validate_every=plan.validation.every,
         checkpoint_every=plan.checkpoint.every,
@@ -165,6 +175,7 @@ def _validator(plan: Plan, job: Job, parts: build.Parts, forward: Forward, grid:
         batch_size=-(-plan.batch.size // (grid.feeds * plan.batch.accumulate)),
         limit=plan.validation.samples,
         collate=job.collate,
+        shards=plan.layout.shard,
     )
 
 
@@ -203,7 +214,7 @@ def _announce(context: _Context, loop: Loop) -> None:
         world_size=topology.world_size,
         node=topology.nodes[topology.rank],
         device=str(context.device),
-        num_parameters=sum(p.numel() for p in parts.model.parameters()),
+        num_parameters=parts.replica.num_values,
         steps_per_epoch=parts.loader.steps_per_epoch,
         torch=torch.__version__,
         shoal=__version__,
@@ -219,7 +230,7 @@ def _announce(context: _Context, loop: Loop) -> None:
 
 def _conclude(context: _Context, loop: Loop, job: Job, reason: str, seconds: float) -> None:
     log = context.log
-    if context.topology.rank == 0 and job.sample is not None:
+    if context.topology.rank == 0 and job.sample is not None and loop.parts.replica.is_whole:
         _show_sample(loop, job, log)
     progress = loop.progress
     log.write(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from shoal.engine.exchange.buckets import GradientBuckets
+from shoal.engine.layout.replica import Replica
 from shoal.errors import JobError
 from shoal.wire.transport import Memory, private_memory
 
@@ -23,7 +24,7 @@ class Rig:
         self.sent: list[tuple[int, Tensor]] = []
         self.allocated: list[tuple[int, int, torch.dtype]] = []
         self.buckets = GradientBuckets(
-            model.named_parameters(),
+            Replica.whole(model),
             bucket_bytes,
             self.allocate,
             lambda index, bucket: self.sent.append((index, bucket.source.clone())),

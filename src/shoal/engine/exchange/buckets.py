@@ -93,8 +93,11 @@ class GradientBuckets:
         self._sending = True
 
     def end_last_backward(self) -> None:
-        """Send what backward did not fill."""
+        """Send what backward did not fill; take gradients that came without a hook, as zero-bubble schedules give them."""
         self._sending = False
+        for slot in (slot for slots in self._slots_of[self._next :] for slot in slots):
+            if slot.held.owner.grad is not None:
+                self._take(slot)
         while self._next < len(self.buckets):
             self._send_next()
 
@@ -135,14 +138,8 @@ class GradientBuckets:
             self._slots.append(_Slot(held[name], index, source, target, piece.offset, held[name].like_owner(source)))
 
     def _hook(self, slot: _Slot) -> Callable[[Tensor], None]:
-        def on_gradient(parameter: Tensor) -> None:
-            gradient = parameter.grad
-            assert gradient is not None
-            if gradient is not slot.dressed:
-                _check_dense(slot.held.name, gradient)
-                slot.source.copy_(slot.held.local_of(gradient))
-                parameter.grad = slot.dressed
-            slot.filled = True
+        def on_gradient(_: Tensor) -> None:
+            self._take(slot)
             if self._sending:
                 _check_once(slot)
                 slot.counted = True
@@ -150,6 +147,15 @@ class GradientBuckets:
                 self._send_full()
 
         return on_gradient
+
+    def _take(self, slot: _Slot) -> None:
+        gradient = slot.held.owner.grad
+        assert gradient is not None
+        if gradient is not slot.dressed:
+            _check_dense(slot.held.name, gradient)
+            slot.source.copy_(slot.held.local_of(gradient))
+            slot.held.owner.grad = slot.dressed
+        slot.filled = True
 
     def _send_full(self) -> None:
         while self._next < len(self.buckets) and self._missing[self._next] == 0:

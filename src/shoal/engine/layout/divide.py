@@ -2,73 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-import torch
-import torch.distributed as dist
-from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from shoal.engine.layout.blocks import blocks
+from shoal.engine.layout.pipeline.build import build_line, sum_tied
+from shoal.engine.layout.pipeline.line import Line
+from shoal.engine.layout.pipeline.trace import Call, Traced
+from shoal.engine.layout.place import Place
 from shoal.engine.layout.recompute import recompute
-from shoal.engine.layout.replica import Held, Replica
+from shoal.engine.layout.replica import Held, Replica, persistent_buffers
 from shoal.engine.layout.sharding import shard
 from shoal.engine.layout.usage import Usage
 from shoal.errors import JobError
-from shoal.strategy.layout.config import LayoutConfig
-from shoal.strategy.layout.grid import AXES, WITHIN, Grid
 from shoal.strategy.layout.region import Region
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a rank stands.
+class Divided:
+    """What a model became.
 
     Attributes:
-        mesh: the grid as torch.distributed sees it.
-        group: the ranks of this rank's replica.
+        pipeline: how this rank's stages run; None without a pipeline.
     """
 
-    config: LayoutConfig
-    grid: Grid
-    rank: int
-    mesh: DeviceMesh
-    group: dist.ProcessGroup
-
-    def index(self, axis: str) -> int:
-        """This rank's place on one axis."""
-        return self.grid.index(self.rank, axis)
+    replica: Replica
+    pipeline: tuple[Line, Traced] | None = None
 
 
-def take_place(config: LayoutConfig, grid: Grid, rank: int, device: torch.device) -> Place:
-    """Make the process groups of the grid. Collective."""
-    mesh = DeviceMesh(device.type, torch.tensor(grid.ranks).reshape(grid.sizes), mesh_dim_names=AXES)
-    own: dist.ProcessGroup | None = None
-    for members in grid.groups(*WITHIN):  # every rank has to make every group
-        group = dist.new_group(members)
-        own = group if rank in members else own
-    assert own is not None
-    return Place(config, grid, rank, mesh, own)
+def divide(model: nn.Module, place: Place, *, bf16: bool, example: Callable[[], Call]) -> Divided:
+    """Keep of a model, equal on every rank, what this rank holds. Collective.
 
-
-def divide(model: nn.Module, place: Place, *, bf16: bool) -> Replica:
-    """Keep of a model, equal on every rank, what this rank holds; collective."""
+    Args:
+        bf16: the forward computes in bfloat16.
+        example: what one micro-batch calls the model with; asked only for a pipeline.
+    """
     config = place.config
+    order = {name: index for index, name in enumerate(dict(model.named_parameters()))}
+    known = {id(p): name for name, p in model.named_parameters()}
     regions = {name: Region.whole(p.shape) for name, p in model.named_parameters()}
+    whole_regions = regions
     copies = dict.fromkeys(regions, config.tensor)
+    parts = list(blocks(model).values())
     if config.recompute:
-        recompute(model)
+        recompute(parts)
+    pipeline, after_backward = None, None
+    whole = model
+    if config.pipeline > 1:
+        line, traced, model, tied = build_line(model, place, known, example(), bf16=bf16)
+        pipeline = (line, traced)
+        copies |= {name: copies[name] * len(ranks) for name, ranks in tied.items()}
+    names = {inner: known[id(p)] for inner, p in model.named_parameters()}
+    buffers = _buffers(whole, model)
+    usage = None
     if config.shard > 1:
-        _check_shardable(model)
-        shard(model, place.mesh["shard"], bf16=bf16, offload=config.offload)
+        _check_shardable(names.values(), model)
+        roots = list(model.children()) if config.pipeline > 1 else [model]
+        for root in roots:
+            shard(root, parts, place.mesh["shard"], bf16=bf16, offload=config.offload)
         index = place.index("shard")
         regions = {name: region.of_rows(index, config.shard) for name, region in regions.items()}
-    parameters = [_held(name, p, regions[name], copies[name]) for name, p in model.named_parameters()]
-    usage = Usage(model) if config.shard > 1 else None
-    speaks = place.index("tensor") == 0
-    order = {name: index for index, name in enumerate(regions)}
-    return Replica(model, parameters, group=place.group, speaks=speaks, order=order, usage=usage)
+        usage = Usage(model, names)
+    found = {names[inner]: p for inner, p in model.named_parameters()}
+    parameters = [_held(name, found[name], regions[name], copies[name]) for name in order if name in found]
+    if config.pipeline > 1:
+        after_backward = sum_tied(place, parameters, tied)
+    speaks = place.index("tensor") == 0 and place.index("pipeline") == config.pipeline - 1
+    replica = Replica(
+        model,
+        parameters,
+        buffers=buffers,
+        group=place.group,
+        speaks=speaks,
+        after_backward=after_backward,
+        peers=place.peers,
+        order=order,
+        size=sum(math.prod(region.shape) for region in whole_regions.values()),
+        usage=usage,
+    )
+    return Divided(replica, pipeline)
+
+
+def _buffers(whole: nn.Module, model: nn.Module) -> dict[str, Tensor]:
+    """The persistent buffers that this rank has, by their names in the whole model."""
+    names = {id(buffer): name for name, buffer in persistent_buffers(whole).items()}
+    return {names[id(buffer)]: buffer for buffer in model.buffers() if id(buffer) in names}
 
 
 def _held(name: str, parameter: nn.Parameter, region: Region, copies: int) -> Held:
@@ -79,8 +101,8 @@ def _held(name: str, parameter: nn.Parameter, region: Region, copies: int) -> He
     return Held(name, parameter, local, region, copies)
 
 
-def _check_shardable(model: nn.Module) -> None:
-    scalars: Sequence[str] = [name for name, p in model.named_parameters() if p.dim() == 0]
+def _check_shardable(names: Iterable[str], model: nn.Module) -> None:
+    scalars = [name for name, p in zip(names, model.parameters(), strict=True) if p.dim() == 0]
     if scalars:
         raise JobError(
             f"the model's parameter {scalars[0]} is a single number without a dimension, which the shard axis cannot "

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from shoal.engine.layout.blocks import blocks
 
-
-def recompute(model: nn.Module) -> int:
-    """Let every block forget its activations; return how many there are."""
-    found = blocks(model)
-    for block in found.values():
+def recompute(blocks: Iterable[nn.Module]) -> None:
+    """Let every block forget its activations."""
+    for block in blocks:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-    return len(found)

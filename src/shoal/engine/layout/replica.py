@@ -69,37 +69,47 @@ class Replica:
     Attributes:
         model: what this rank computes: the whole model, or its stage.
         parameters: in the whole model's order, each tensor once.
+        buffers: the persistent ones that this rank has, by their names in the whole model.
         group: the process group of the ranks that hold this replica together; None: this rank alone.
+        peers: the process group of all ranks, of any replica, that compute the same layers; None: all ranks.
         speaks: this rank's loss counts (of ranks that compute the same samples, one).
         order: the place of every parameter of the whole model, on whatever rank.
         usage: tells gradients from zeros where the layout gives every parameter one.
+        size: numbers in the whole model's parameters, where this rank does not hold all.
         held: those parameters that are trained.
         after_backward: completes gradients that several ranks of the replica contribute to.
     """
 
     model: nn.Module
     parameters: Sequence[Held]
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
     group: dist.ProcessGroup | None = None
+    peers: dist.ProcessGroup | None = None
     speaks: bool = True
     after_backward: Callable[[], None] | None = None
     order: Mapping[str, int] = field(default_factory=dict)
     usage: Usage | None = None
+    size: int = 0
     held: Sequence[Held] = field(init=False)
 
     @classmethod
     def whole(cls, model: nn.Module) -> Replica:
         """One rank holds all of it."""
-        return cls(model, [Held.whole(name, p) for name, p in model.named_parameters()])
+        return cls(model, [Held.whole(name, p) for name, p in model.named_parameters()], persistent_buffers(model))
 
     def __post_init__(self) -> None:
         self.held = [held for held in self.parameters if held.owner.requires_grad]
-        self._kept = _persistent_buffers(self.model)
         self._sharded = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
 
     @property
     def is_whole(self) -> bool:
         """Whether this rank alone holds the replica."""
         return self.group is None
+
+    @property
+    def num_values(self) -> int:
+        """Parameters of the whole model, in numbers."""
+        return self.size or sum(held.owner.numel() for held in self.parameters)
 
     @property
     def named_locals(self) -> list[NamedParameter]:
@@ -151,20 +161,18 @@ class Replica:
         if self.is_whole:
             state: dict[str, Any] = self.model.state_dict()
             return state
-        buffers = {name: buffer for name, buffer in self.model.named_buffers() if name in self._kept}
-        return {held.name: held.local.detach() for held in self.parameters} | buffers
+        return {held.name: held.local.detach() for held in self.parameters} | dict(self.buffers)
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over a whole model's values by name."""
         if isinstance(state, dict) and self.is_whole:
             self.model.load_state_dict(state)
             return
-        buffers = dict(self.model.named_buffers())
         with torch.no_grad():
             for held in self.parameters:
                 held.local.copy_(held.region.take(state[held.name]))
-            for name in self._kept:
-                buffers[name].copy_(state[name])
+            for name, buffer in self.buffers.items():
+                buffer.copy_(state[name])
         self.publish()
 
     def publish(self) -> None:
@@ -211,10 +219,11 @@ class Replica:
         return norm
 
 
-def _persistent_buffers(model: nn.Module) -> set[str]:
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that belong to a model's state, by name."""
     return {
-        f"{prefix}.{name}" if prefix else name
+        f"{prefix}.{name}" if prefix else name: buffer
         for prefix, module in model.named_modules()
-        for name in module._buffers
+        for name, buffer in module.named_buffers(recurse=False)
         if name not in module._non_persistent_buffers_set
     }

@@ -5,25 +5,26 @@ Zhao et al. 2023, PyTorch FSDP; torch.distributed.fsdp.fully_shard.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from shoal.engine.layout.blocks import blocks
 
-
-def shard(model: nn.Module, mesh: DeviceMesh, *, bf16: bool, offload: bool) -> None:
+def shard(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, *, bf16: bool, offload: bool) -> None:
     """Divide the parameters of a model over `mesh`, block by block.
 
     Args:
+        blocks: modules to gather one at a time; those that are not the model's are passed over.
         bf16: gather parameters as bfloat16 and sum gradients in float32; what is held stays as it is.
         offload: hold parameters in the CPU's memory while the mesh's device computes.
     """
     precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
     place = CPUOffloadPolicy() if offload and mesh.device_type != "cpu" else OffloadPolicy()
-    parts = [*blocks(model).values(), model]
-    for part in parts:
+    inside = set(model.modules())
+    for part in [*(block for block in blocks if block in inside and block is not model), model]:
         fully_shard(part, mesh=mesh, mp_policy=precision, offload_policy=place)
     for module in model.modules():
         if isinstance(module, FSDPModule):

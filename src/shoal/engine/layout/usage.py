@@ -6,7 +6,7 @@ weights, which it would not do in one process; so what no rank used is told apar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -17,13 +17,14 @@ _KNOWN = "_shoal_tracked"
 class Usage:
     """Watches the gathered parameters of one model."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, names: Mapping[str, str]) -> None:
+        """`names`: of its parameters, by their names in `model`."""
         self._tracked: set[str] = set()
         self._used: set[str] = set()
-        names = {id(p): name for name, p in model.named_parameters()}
+        known = {id(p): names[name] for name, p in model.named_parameters()}
         for module in model.modules():
             if isinstance(module, FSDPModule):
-                owned = [(owner, key, names[id(p)]) for owner, key, p in _gathered_with(module)]
+                owned = [(owner, key, known[id(p)]) for owner, key, p in _gathered_with(module)]
                 module.register_forward_pre_hook(self._watch(owned))
 
     def clear(self) -> None:
