@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from shoal.data.loader import Cursor, Loader, LoaderConfig, num_samples
 from shoal.engine import random_state
 from shoal.engine.exchange import EXCHANGES, ReplicaExchange
 from shoal.engine.exchange.base import Wiring
-from shoal.engine.layout.divide import Divided, divide
+from shoal.engine.layout.divide import Divided, Task, divide
 from shoal.engine.layout.lanes import Lanes
 from shoal.engine.layout.pipeline.line import Line
 from shoal.engine.layout.pipeline.trace import Call, Traced, call_of
@@ -37,10 +37,16 @@ from shoal.wire.rendezvous import Membership
 
 @dataclass(frozen=True)
 class Parts:
-    """What one rank trains with."""
+    """What one rank trains with.
+
+    Attributes:
+        pipeline: how this rank's stages run; None without a pipeline.
+        left_whole: modules that the tensor axis could not divide, and why.
+    """
 
     replica: Replica
     pipeline: tuple[Line, Traced] | None
+    left_whole: Mapping[str, str]
     optimizer: Optimizer
     schedule: LRScheduler | None
     loader: Loader
@@ -94,23 +100,22 @@ def build_parts(job: Job, plan: Plan, topology: Topology, grid: Grid, device: to
     model = _model(job, device)
     _check_tables(model, plan)
     make_equal(model)
-    divided = _divide(model, plan, topology, grid, device, example=lambda: _example(job, loader))
+    task = Task(example=lambda: _example(job, loader), rules=job.tensor, bf16=plan.compute.precision == "bf16")
+    divided = _divide(model, plan, topology, grid, device, task)
     replica = divided.replica
     parameters = [held.local for held in replica.held]
     optimizer = job.optimizer(parameters)
     _check_optimizer(optimizer, parameters)
     schedule = job.schedule(optimizer) if job.schedule else None
     random_state.seed_all(plan.seed, grid.feed(topology.rank) + 1)
-    return Parts(replica, divided.pipeline, optimizer, schedule, loader, validation)
+    return Parts(replica, divided.pipeline, divided.left_whole, optimizer, schedule, loader, validation)
 
 
-def _divide(
-    model: nn.Module, plan: Plan, topology: Topology, grid: Grid, device: torch.device, example: Callable[[], Call]
-) -> Divided:
+def _divide(model: nn.Module, plan: Plan, topology: Topology, grid: Grid, device: torch.device, task: Task) -> Divided:
     if plan.layout.ranks_per_replica == 1:
         return Divided(Replica.whole(model))
     place = take_place(plan.layout, grid, topology.rank, device)
-    return divide(model, place, bf16=plan.compute.precision == "bf16", example=example)
+    return divide(model, place, task)
 
 
 def _example(job: Job, loader: Loader) -> Call:

@@ -31,6 +31,8 @@ class Job:
         schedule: makes a learning-rate scheduler from the optimizer; stepped once after every optimizer step.
         sample: `sample(model)` returns text that shows what the trained model does; part of the report.
         collate: joins samples into a batch; default: PyTorch's.
+        tensor: for the layout's tensor axis, patterns of module names -> "columns", "rows", "fused", "vocabulary",
+            "head" or "whole"; default: a table of usual names (docs/layouts.md).
     """
 
     model: Callable[[], nn.Module]
@@ -41,6 +43,7 @@ class Job:
     schedule: Callable[[Optimizer], LRScheduler] | None = None
     sample: Callable[[nn.Module], str] | None = None
     collate: Callable[[list[Any]], Any] | None = None
+    tensor: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         parts = {name: getattr(self, name) for name in ("model", "data", "loss", "optimizer")}

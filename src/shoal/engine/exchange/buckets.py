@@ -93,7 +93,7 @@ class GradientBuckets:
         self._sending = True
 
     def end_last_backward(self) -> None:
-        """Send what backward did not fill; take gradients that came without a hook, as zero-bubble schedules give them."""
+        """Send what backward did not fill; take gradients that came without a hook, as from zero-bubble schedules."""
         self._sending = False
         for slot in (slot for slots in self._slots_of[self._next :] for slot in slots):
             if slot.held.owner.grad is not None:

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
 
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from shoal.engine.layout.blocks import blocks
-from shoal.engine.layout.pipeline.build import build_line, sum_tied
+from shoal.engine.layout.pipeline.build import Tied, build_line, sum_tied
 from shoal.engine.layout.pipeline.line import Line
-from shoal.engine.layout.pipeline.trace import Call, Traced
+from shoal.engine.layout.pipeline.trace import Traced
 from shoal.engine.layout.place import Place
 from shoal.engine.layout.recompute import recompute
 from shoal.engine.layout.replica import Held, Replica, persistent_buffers
 from shoal.engine.layout.sharding import shard
+from shoal.engine.layout.tensor.apply import Call, Outcome, divide_tensors, record_calls
+from shoal.engine.layout.tensor.rules import Split, find, given
 from shoal.engine.layout.usage import Usage
 from shoal.errors import JobError
 from shoal.strategy.layout.region import Region
+
+_NOTHING_TIED: Tied = {}
 
 
 @dataclass(frozen=True)
@@ -28,69 +33,103 @@ class Divided:
 
     Attributes:
         pipeline: how this rank's stages run; None without a pipeline.
+        left_whole: modules that the tensor axis could not divide, and why.
     """
 
     replica: Replica
     pipeline: tuple[Line, Traced] | None = None
+    left_whole: Mapping[str, str] = field(default_factory=dict)
 
 
-def divide(model: nn.Module, place: Place, *, bf16: bool, example: Callable[[], Call]) -> Divided:
-    """Keep of a model, equal on every rank, what this rank holds. Collective.
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What a job and its plan say about dividing the model.
 
-    Args:
+    Attributes:
+        example: makes the arguments of a call of the model, for one micro-batch; asked only where it is needed.
+        rules: the job's own for the tensor axis; without, the table's.
         bf16: the forward computes in bfloat16.
-        example: what one micro-batch calls the model with; asked only for a pipeline.
     """
+
+    example: Callable[[], tuple[tuple[Any, ...], Mapping[str, Any]]]
+    rules: Mapping[str, str]
+    bf16: bool
+
+
+def divide(model: nn.Module, place: Place, task: Task) -> Divided:
+    """Keep of a model, equal on every rank, what this rank holds. Collective."""
     config = place.config
-    order = {name: index for index, name in enumerate(dict(model.named_parameters()))}
-    known = {id(p): name for name, p in model.named_parameters()}
-    regions = {name: Region.whole(p.shape) for name, p in model.named_parameters()}
-    whole_regions = regions
-    copies = dict.fromkeys(regions, config.tensor)
+    names = {id(p): name for name, p in model.named_parameters()}
+    whole = {name: Region.whole(p.shape) for name, p in model.named_parameters()}
+    modules = dict(model.named_modules())
+    buffers = persistent_buffers(model)
     parts = list(blocks(model).values())
-    if config.recompute:
-        recompute(parts)
-    pipeline, after_backward = None, None
-    whole = model
+    regions, copies = dict(whole), dict.fromkeys(whole, config.tensor)
+    tensors = _Tensors.plan(model, place, task) if config.tensor > 1 else None
+    pipeline, tied = None, _NOTHING_TIED
     if config.pipeline > 1:
-        line, traced, model, tied = build_line(model, place, known, example(), bf16=bf16)
+        line, traced, model, tied = build_line(model, place, names, task.example(), bf16=task.bf16)
         pipeline = (line, traced)
         copies |= {name: copies[name] * len(ranks) for name, ranks in tied.items()}
-    names = {inner: known[id(p)] for inner, p in model.named_parameters()}
-    buffers = _buffers(whole, model)
+    inner = {key: names[id(p)] for key, p in model.named_parameters()}
+    inside = set(model.modules())
+    outcome = (
+        tensors.apply({name: m for name, m in modules.items() if m in inside or not name}) if tensors else Outcome()
+    )
+    regions |= {name: region for name, region in outcome.regions.items() if name in regions}
+    copies |= {
+        n: copies[n] // config.tensor for n, region in outcome.regions.items() if n in copies and not region.is_whole
+    }
+    if config.recompute:
+        recompute(part for part in parts if part in inside)
     usage = None
     if config.shard > 1:
-        _check_shardable(names.values(), model)
-        roots = list(model.children()) if config.pipeline > 1 else [model]
-        for root in roots:
-            shard(root, parts, place.mesh["shard"], bf16=bf16, offload=config.offload)
+        _check_shardable(whole)
+        for root in list(model.children()) if config.pipeline > 1 else [model]:
+            shard(root, parts, place.mesh["shard"], bf16=task.bf16, offload=config.offload)
         index = place.index("shard")
         regions = {name: region.of_rows(index, config.shard) for name, region in regions.items()}
-        usage = Usage(model, names)
-    found = {names[inner]: p for inner, p in model.named_parameters()}
-    parameters = [_held(name, found[name], regions[name], copies[name]) for name in order if name in found]
-    if config.pipeline > 1:
-        after_backward = sum_tied(place, parameters, tied)
-    speaks = place.index("tensor") == 0 and place.index("pipeline") == config.pipeline - 1
+        usage = Usage(model, inner)
+    found = {inner[key]: p for key, p in model.named_parameters()}
+    parameters = [_held(name, found[name], regions[name], copies[name]) for name in whole if name in found]
+    own_buffers = {id(buffer) for buffer in model.buffers()}
     replica = Replica(
         model,
         parameters,
-        buffers=buffers,
+        buffers={name: buffer for name, buffer in buffers.items() if id(buffer) in own_buffers},
         group=place.group,
-        speaks=speaks,
-        after_backward=after_backward,
         peers=place.peers,
-        order=order,
-        size=sum(math.prod(region.shape) for region in whole_regions.values()),
+        speaks=place.index("tensor") == 0 and place.index("pipeline") == config.pipeline - 1,
+        after_backward=sum_tied(place, parameters, tied) if config.pipeline > 1 else None,
+        order={name: index for index, name in enumerate(whole)},
         usage=usage,
+        size=sum(math.prod(region.shape) for region in whole.values()),
     )
-    return Divided(replica, pipeline)
+    return Divided(replica, pipeline, outcome.whole)
 
 
-def _buffers(whole: nn.Module, model: nn.Module) -> dict[str, Tensor]:
-    """The persistent buffers that this rank has, by their names in the whole model."""
-    names = {id(buffer): name for name, buffer in persistent_buffers(whole).items()}
-    return {names[id(buffer)]: buffer for buffer in model.buffers() if id(buffer) in names}
+@dataclass(frozen=True)
+class _Tensors:
+    """What is going to be divided over the tensor axis: found in the whole model, done on this rank's part."""
+
+    splits: list[Split]
+    calls: dict[str, Call]
+    mesh: DeviceMesh
+    strict: bool
+
+    @classmethod
+    def plan(cls, model: nn.Module, place: Place, task: Task) -> Self:
+        """Find the modules, and see what they compute."""
+        own = given(model, task.rules)
+        splits = own or find(model)
+        args, kwargs = task.example()
+        owners = [split.owner for split in splits if split.owner]
+        calls = record_calls(model, owners, lambda: model(*args, **kwargs))
+        return cls(splits, calls, place.mesh["tensor"], strict=bool(own))
+
+    def apply(self, modules: Mapping[str, nn.Module]) -> Outcome:
+        """Divide those of the modules that this rank has. Collective over the tensor axis."""
+        return divide_tensors(modules, self.splits, self.calls, self.mesh, strict=self.strict)
 
 
 def _held(name: str, parameter: nn.Parameter, region: Region, copies: int) -> Held:
@@ -101,8 +140,8 @@ def _held(name: str, parameter: nn.Parameter, region: Region, copies: int) -> He
     return Held(name, parameter, local, region, copies)
 
 
-def _check_shardable(names: Iterable[str], model: nn.Module) -> None:
-    scalars = [name for name, p in zip(names, model.parameters(), strict=True) if p.dim() == 0]
+def _check_shardable(whole: Mapping[str, Region]) -> None:
+    scalars = [name for name, region in whole.items() if not region.shape]
     if scalars:
         raise JobError(
             f"the model's parameter {scalars[0]} is a single number without a dimension, which the shard axis cannot "
