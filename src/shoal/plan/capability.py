@@ -37,9 +37,49 @@ def check(plan: Plan, world_size: int) -> None:
             f"codec.variance_every does not fit sync {plan.sync.kind}: it holds Adam's second moment still while "
             "gradients are summed in every step; take sync allreduce, or leave it out"
         )
+    _check_layout(plan)
     for kind, verify in _CHECKS.items():
         if plan.sync.kind == kind:
             verify(plan, world_size)
+
+
+def _check_layout(plan: Plan) -> None:
+    layout = plan.layout
+    if layout.ranks_per_replica == 1:
+        return
+    axis = next(axis for axis in ("shard", "tensor", "pipeline") if getattr(layout, axis) > 1)
+    asynchronous = plan.sync.kind == "gossip" and getattr(plan.sync, "mode", "") == "asynchronous"
+    if plan.sync.kind == "parameter_server" or asynchronous:
+        kind = "gossip in mode asynchronous" if asynchronous else plan.sync.kind
+        raise PlanError(
+            f"layout.{axis} = {getattr(layout, axis)} does not fit sync {kind}: there each rank goes at its own pace, "
+            "while the ranks of a divided replica compute in step; take sync allreduce, local, or gossip in mode "
+            "synchronous"
+        )
+    if plan.codec.variance_every:
+        raise PlanError(
+            f"layout.{axis} = {getattr(layout, axis)} does not fit codec.variance_every: it clips momentum by the norm of "
+            "a whole replica's gradient on one rank; leave it out"
+        )
+    if layout.stages > 1 and layout.schedule in ("gpipe", "1f1b"):
+        raise PlanError(
+            f"layout.stages is {layout.stages}, but schedule {layout.schedule} has one stage a rank; take interleaved or "
+            "zero_bubble"
+        )
+    if layout.pipeline > 1 and layout.stages == 1 and layout.schedule in ("interleaved", "zero_bubble"):
+        raise PlanError(
+            f"layout.schedule {layout.schedule} needs several stages on each rank, but layout.stages is 1; set it to 2 or "
+            "more, or take 1f1b"
+        )
+    if layout.pipeline > 1 and plan.batch.accumulate > 1:
+        raise PlanError(
+            f"batch.accumulate is {plan.batch.accumulate}, but a pipeline cuts its samples by layout.micro_batches; leave "
+            "accumulate out"
+        )
+    if layout.pipeline > 1 and plan.compute.precision == "bf16" and layout.shard > 1:
+        raise PlanError(
+            "layout.pipeline with layout.shard and compute.precision bf16 is not supported yet; take fp32, or one axis"
+        )
 
 
 def _sound(sync: str) -> list[str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from shoal.engine.layout.blocks import blocks
@@ -73,13 +74,11 @@ def divide(model: nn.Module, place: Place, task: Task) -> Divided:
         copies |= {name: copies[name] * len(ranks) for name, ranks in tied.items()}
     inner = {key: names[id(p)] for key, p in model.named_parameters()}
     inside = set(model.modules())
-    outcome = (
-        tensors.apply({name: m for name, m in modules.items() if m in inside or not name}) if tensors else Outcome()
-    )
-    regions |= {name: region for name, region in outcome.regions.items() if name in regions}
-    copies |= {
-        n: copies[n] // config.tensor for n, region in outcome.regions.items() if n in copies and not region.is_whole
-    }
+    present = {name: module for name, module in modules.items() if module in inside or not name}
+    outcome = tensors.apply(present) if tensors else Outcome()
+    for name, region in outcome.regions.items():
+        if name in regions and not region.is_whole:  # not a tied parameter's second name, nor a bias behind the sum
+            regions[name], copies[name] = region, copies[name] // config.tensor
     if config.recompute:
         recompute(part for part in parts if part in inside)
     usage = None

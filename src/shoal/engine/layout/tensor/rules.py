@@ -18,8 +18,8 @@ from shoal.errors import JobError
 How = Literal["columns", "fused", "rows", "vocabulary", "head"]
 """How a module is divided.
 
-columns: a Linear's outputs; fused: the same for matrices stacked in one (query, key and value); rows: a Linear's inputs,
-and the outputs are summed; vocabulary: an Embedding's rows; head: a Linear's outputs, which are gathered again.
+columns: a Linear's outputs; fused: the same for matrices stacked in one (query, key and value); rows: a Linear's
+inputs, and the outputs are summed; vocabulary: an Embedding's rows; head: a Linear's outputs, which are gathered again.
 """
 
 ATTENTION: Sequence[tuple[tuple[str, ...], tuple[str, ...]]] = (
