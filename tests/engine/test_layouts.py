@@ -8,14 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from layout_runs import final_model, relative_difference
+from layout_runs import final_model, pieces_in, relative_difference
 from replicas import CLIP_NORM, SEED, TARGET
 from torch import Tensor
 
 from shoal.data.order import shuffled
 from shoal.engine import random_state
+from shoal.errors import PlanError, WorkerFailedError
 from shoal.job.target import resolve
-from training_runs import events_of, train_on
+from shoal.plan import parse_plan, resolve_plan
+from training_runs import events_of, newest_checkpoint, train_on
 
 BATCH, STEPS, NUM_SAMPLES = 12, 10, 50
 BLOCKS = str(Path(__file__).parents[1] / "jobs" / "blocks.py") + ":job"
@@ -110,7 +112,97 @@ def test_awkward_parameters_train_sharded_as_in_one_process(
         ("aaaa", "pipeline = 2\nshard = 2\nmicro_batches = 3\nschedule = 'gpipe'"),
         ("aaaa", "pipeline = 2\nstages = 2\nshard = 2\nschedule = 'interleaved'"),
         ("aabb", "pipeline = 2\nreplicate = 2"),
+        ("aa", "tensor = 2"),
+        ("aaaa", "tensor = 2\nshard = 2"),
+        ("aabb", "tensor = 2\npipeline = 2"),
+        ("aaaaaaaa", "tensor = 2\nshard = 2\npipeline = 2"),
+        ("aaaabbbb", "replicate = 2\nshard = 2\npipeline = 2\nrecompute = true"),
     ],
 )
 def test_blocks_train_divided_as_in_one_process(nodes: str, layout: str, tmp_path: Path) -> None:
     assert_trains_as_one_process(nodes, BLOCKS, plan_text(layout), tmp_path / "run")
+
+
+def test_the_tensor_axis_divides_what_the_table_names(tmp_path: Path) -> None:
+    run = train_on(["a", "a"], BLOCKS, plan_text("tensor = 2"), tmp_path / "run")
+    pieces = pieces_in(newest_checkpoint(run), rank=1)
+    assert pieces["blocks.0.qkv.weight"].rows == ((4, 8), (12, 16), (20, 24))
+    assert pieces["blocks.0.out.weight"].columns == (4, 8)
+    assert pieces["blocks.3.mlp.0.bias"].rows == ((16, 32),)
+    assert pieces["blocks.3.mlp.2.bias"].is_whole
+    [layout] = events_of(run, "layout")
+    assert "tensor = 2 lies inside nodes" in layout["sentences"][0]
+    assert "embed (embed's dimension of 13 does not divide into 2)" in layout["sentences"][-1]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "nodes"),
+    [
+        ("shard = 2", "pipeline = 2", "aa"),
+        ("tensor = 2\nshard = 2", "replicate = 4", "aaaa"),
+        ("replicate = 2", "tensor = 2", "aa"),
+        ("pipeline = 2\nshard = 2", "shard = 3", "aaa"),
+    ],
+)
+def test_a_run_goes_on_under_another_layout(first: str, second: str, nodes: str, tmp_path: Path) -> None:
+    size = 4 if "\n" in first else 2
+    plan = plan_text(first).replace(f"steps = {STEPS}", "steps = 4")
+    run = train_on(["a"] * size, BLOCKS, plan, tmp_path / "run")
+    before = final_model(run)
+    unmoved = train_on(
+        list(nodes), BLOCKS, plan_text(second).replace(f"steps = {STEPS}", "steps = 4"), run.path, resume=True
+    )
+    moved = final_model(unmoved)
+    assert {name: value for name, value in moved.items() if name in before}.keys() == before.keys()
+    assert all(torch.equal(moved[name], value) for name, value in before.items())  # bit-exact
+    ended = train_on(list(nodes), BLOCKS, plan_text(second), run.path, resume=True)
+    expected, _, _ = single_process(BLOCKS)
+    for name, value in final_model(ended).items():
+        assert relative_difference(value, expected[name]) < 1e-9, name
+
+
+@pytest.mark.parametrize(
+    ("layout", "sync"),
+    [
+        ("shard = 2", "kind = 'local'\nevery = 1\nfragments = 1\noverlap = 0\nouter_lr = 1.0\nouter_momentum = 0.0"),
+        ("tensor = 2", "kind = 'local'\nevery = 2\nfragments = 2\noverlap = 1"),
+        ("pipeline = 2", "kind = 'gossip'"),
+    ],
+)
+def test_divided_replicas_agree_by_any_sync_as_whole_ones_do(layout: str, sync: str, tmp_path: Path) -> None:
+    divided = train_on(list("aabb"), BLOCKS, plan_text(layout, sync=sync), tmp_path / "divided")
+    whole = train_on(list("ab"), BLOCKS, plan_text("replicate = 2", sync=sync), tmp_path / "whole")
+    expected = final_model(whole)
+    for name, value in final_model(divided).items():
+        assert relative_difference(value, expected[name]) < 1e-9, name
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ("shard = 3\nreplicate = 2", r"shard 3 needs 6 ranks, but there are 4; the nearest that fit are"),
+        ("pipeline = 2\nschedule = 'interleaved'", r"needs several stages on each rank"),
+    ],
+)
+def test_a_layout_that_does_not_fit_is_refused(layout: str, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        resolve_plan(parse_plan(plan_text(layout), origin="test"), 4)
+
+
+@pytest.mark.parametrize(
+    ("job", "layout", "message"),
+    [
+        ("blocks.py:job", "pipeline = 2\nstages = 9\nschedule = 'interleaved'", r"fewer than the 18 stages"),
+        (
+            "blocks.py:untraceable",
+            "pipeline = 2",
+            r"cannot be cut into a pipeline's stages.*blocks\.py:\d+ \(if x\.sum",
+        ),
+        ("blocks.py:indivisible", "tensor = 2", r"'embed'.*dimension of 13 does not divide into 2"),
+    ],
+)
+def test_a_model_that_cannot_be_divided_is_refused_with_the_place(
+    job: str, layout: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(WorkerFailedError, match=message):
+        train_on(["a", "a"], str(Path(BLOCKS).parent / job), plan_text(layout), tmp_path / "run")

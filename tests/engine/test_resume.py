@@ -219,7 +219,7 @@ def test_every_kind_of_damage_is_noticed(damage: Callable[[Path], None], tmp_pat
     shutil.copytree(uninterrupted.path, run.path)
     damage(run.checkpoints / "step-00000060")
     with EventLog(run.events / "rank-0.jsonl", "rank-0") as log:
-        state = session(run, log).restore()
+        state = session(run, log).restore({})
     assert state is not None
     assert state["progress"]["step"] == 55
     assert [event["checkpoint"] for event in events_of(run, "checkpoint_damaged")] == ["step-00000060"]
@@ -238,7 +238,7 @@ def test_without_one_whole_checkpoint_nothing_is_resumed(
         EventLog(run.events / "rank-0.jsonl", "rank-0") as log,
         pytest.raises(CheckpointError, match="no checkpoint is whole") as caught,
     ):
-        session(run, log).restore()
+        session(run, log).restore({})
     assert all(name in str(caught.value) for name in names)
 
 
@@ -247,7 +247,7 @@ def test_half_written_checkpoints_are_swept(tmp_path: Path, uninterrupted: Run) 
     shutil.copytree(uninterrupted.path, run.path)
     shutil.copytree(newest_checkpoint(run), run.checkpoints / ".step-00000065.tmp")
     with EventLog(run.events / "rank-0.jsonl", "rank-0") as log:
-        state = session(run, log).restore()
+        state = session(run, log).restore({})
     assert state is not None
     assert state["progress"]["step"] == STEPS
     assert not list(run.checkpoints.glob(".*"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -84,3 +86,24 @@ def job(layers: int = 4, num_samples: int = 50) -> shoal.Job:
         schedule=shoal.warmup(3),
         metrics={"accuracy": accuracy},
     )
+
+
+class Untraceable(Model):
+    """Looks at values on its way."""
+
+    def forward(self, text: Tensor) -> Tensor:
+        """As the model's."""
+        x = self.embed(text)
+        if x.sum() > 1e9:
+            return self.head(x)
+        return self.head(self.blocks[1](self.blocks[0](x)))
+
+
+def untraceable() -> shoal.Job:
+    """A forward that no graph can hold."""
+    return dataclasses.replace(job(), model=lambda: Untraceable(4))
+
+
+def indivisible() -> shoal.Job:
+    """A rule of the job's own that does not fit."""
+    return dataclasses.replace(job(), tensor={"embed": "vocabulary"})

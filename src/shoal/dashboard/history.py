@@ -51,12 +51,22 @@ class History:
     exit_codes: dict[int, int] = field(default_factory=dict)  # of this attempt, by rank
     resumed_at: list[int] = field(default_factory=list)
     sample: str = ""
+    layout: list[str] = field(default_factory=list)  # sentences
+    bubbles: dict[int, tuple[float, float]] = field(default_factory=dict)  # by rank: measured, theoretical
     reason: str | None = None
     finished: dict[str, Any] = field(default_factory=dict)  # the fields of rank 0's run_finished
     seconds: float = 0.0
     attempt_t: float | None = None  # Unix seconds at which this attempt began
     earlier_s: float = 0.0  # training seconds of the attempts before this one
     failures_before: int = 0  # how many of `failures` belong to attempts before this one
+
+    def layout_lines(self) -> list[str]:
+        """How the model lay over the ranks, and how long a pipeline's ranks stood still."""
+        if not self.bubbles:
+            return self.layout
+        measured = ", ".join(f"{bubble:.0%}" for _, (bubble, _) in sorted(self.bubbles.items()))
+        theoretical = next(iter(self.bubbles.values()))[1]
+        return [*self.layout, f"the pipeline's bubble, by rank: {measured}; in theory {theoretical:.0%}"]
 
     @property
     def title(self) -> str:
@@ -306,6 +316,16 @@ def _on_error(history: History, event: Event) -> None:
     history.failures.append(failure)
 
 
+def _on_layout(history: History, event: Event) -> None:
+    history.layout = [str(sentence) for sentence in event.get("sentences") or ()]
+
+
+def _on_bubble(history: History, event: Event) -> None:
+    rank = _rank_of(event)
+    if rank is not None:
+        history.bubbles[rank] = (_number(event, "measured") or 0.0, _number(event, "theoretical") or 0.0)
+
+
 def _on_run_finished(history: History, event: Event) -> None:
     rank = _rank_of(event)
     if rank is None:
@@ -335,6 +355,8 @@ _HANDLERS: dict[str, Callable[[History, Event], None]] = {
     "checkpoint_damaged": _on_checkpoint_damaged,
     "warning": _on_warning,
     "sample": _on_sample,
+    "layout": _on_layout,
+    "bubble": _on_bubble,
     "error": _on_error,
     "run_finished": _on_run_finished,
     "worker_exited": _on_worker_exited,

@@ -58,7 +58,7 @@ def print_report(run: Run, console: Console) -> None:
     history = read_history(run)
     console.print(Text(f"{history.title or run.path.name}  ", "bold cyan").append_text(_state(history)))
     console.print(_headline(history))
-    for lines in (_curve(history), _bars(history), _sample(history), _troubles(history), _paths(run)):
+    for lines in (_curve(history), _bars(history), _layout(history), _sample(history), _troubles(history), _paths(run)):
         if lines:
             console.print()
         for line in lines:
@@ -135,6 +135,11 @@ def _curve(history: History) -> list[Text]:
 def _bars(history: History) -> list[Text]:
     bars = rank_bars(history, 40, recent=False)
     return [*bars, Text(f"{'':>9}").append_text(legend())] if bars else []
+
+
+def _layout(history: History) -> list[Text]:
+    lines = history.layout_lines()
+    return [Text("layout", "bold"), *(Text(f"  {line}") for line in lines)] if lines else []
 
 
 def _sample(history: History) -> list[Text]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,7 @@ class LoopConfig:
     Attributes:
         weight: this rank's part of every batch; all ranks' sum to 1.
         validate_every, checkpoint_every: periods in steps; 0: never.
+        layout: the sizes of the axes.
         writes_pieces: of the ranks that hold the same values, this one writes them into checkpoints.
     """
 
@@ -47,6 +49,7 @@ class LoopConfig:
     checkpoint_every: int
     keep_best: bool
     writes_pieces: bool
+    layout: Mapping[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,6 +237,7 @@ class Loop:
             "optimizer": optimizer,
             "schedule": parts.schedule.state_dict() if parts.schedule else None,
             "progress": self.progress.to_plain(),
+            "layout": dict(self._config.layout),
         }
         self._crew.checkpoints.save(self.progress.step, state, private, parts.model.buffers(), best=best)
 

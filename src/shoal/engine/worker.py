@@ -38,7 +38,8 @@ from shoal.job.job import Job
 from shoal.job.target import Target, code_of
 from shoal.plan import Plan, load_plan, plan_hash
 from shoal.run import Run
-from shoal.strategy.layout.grid import Grid, arrange
+from shoal.strategy.layout.bubble import bubble
+from shoal.strategy.layout.grid import Grid, arrange, explain
 from shoal.strategy.topology import Topology
 from shoal.wire.blocks import keep_large_blocks
 from shoal.wire.rendezvous import Identity, Membership, identity_from, join, leave, start_collectives
@@ -88,6 +89,8 @@ def _work(run: Run, identity: Identity, log: EventLog, *, resume: bool) -> None:
     job = target.load()
     loop = _assemble(context, job, stop_request, resume=resume)
     _announce(context, loop)
+    if topology.rank == 0:
+        _explain_layout(context, loop.parts)
     started = time.perf_counter()
     reason = loop.run()
     _conclude(context, loop, job, reason, time.perf_counter() - started)
@@ -102,7 +105,7 @@ def _assemble(context: _Context, job: Job, stop_request: control.StopRequest, *,
     parts = build.build_parts(job, plan, topology, grid, device)
     archive = Archive(context.run.checkpoints, keep=plan.checkpoint.keep, keep_best=plan.checkpoint.best)
     checkpoints = CheckpointSession(context.membership.store, rank, world_size, archive, log, device)
-    state = checkpoints.restore() if resume else None
+    state = checkpoints.restore(grid.by_axis) if resume else None
     progress = restore(parts, state) if state else Progress()
     exchange = build.build_exchange(plan, parts, topology, grid, context.membership, device, log)
     private = checkpoints.restore_private() if state else None
@@ -144,6 +147,7 @@ def _loop_config(plan: Plan, grid: Grid, rank: int) -> LoopConfig:
         validate_every=plan.validation.every,
         checkpoint_every=plan.checkpoint.every,
         keep_best=plan.checkpoint.best,
+        layout=grid.by_axis,
         writes_pieces=grid.index(rank, "replicate") == 0,
     )
 
@@ -228,11 +232,29 @@ def _announce(context: _Context, loop: Loop) -> None:
     )
 
 
+def _explain_layout(context: _Context, parts: build.Parts) -> None:
+    """Tell where each axis came to lie and what became of the model."""
+    plan, nodes = context.plan, context.topology.nodes
+    if plan.layout.ranks_per_replica == 1:
+        return
+    sentences = explain(arrange(plan.layout, nodes), nodes)
+    if parts.pipeline is not None:
+        stages = (f"{names[0]} to {names[-1]}" for names in parts.pipeline[0].layers)
+        sentences.append(f"the pipeline's stages, by measured time and memory: {'; '.join(stages)}")
+    if parts.left_whole:
+        reasons = (f"{name} ({reason})" for name, reason in parts.left_whole.items())
+        sentences.append(f"whole on every rank of the tensor axis: {'; '.join(reasons)}")
+    context.log.write("layout", sentences=sentences)
+
+
 def _conclude(context: _Context, loop: Loop, job: Job, reason: str, seconds: float) -> None:
     log = context.log
     if context.topology.rank == 0 and job.sample is not None and loop.parts.replica.is_whole:
         _show_sample(loop, job, log)
     progress = loop.progress
+    if loop.parts.pipeline is not None:
+        line, _ = loop.parts.pipeline
+        log.write("bubble", measured=line.bubble, theoretical=bubble(context.plan.layout))
     log.write(
         "run_finished",
         reason=reason,

@@ -58,23 +58,23 @@ def _check_layout(plan: Plan) -> None:
         )
     if plan.codec.variance_every:
         raise PlanError(
-            f"layout.{axis} = {getattr(layout, axis)} does not fit codec.variance_every: it clips momentum by the norm of "
-            "a whole replica's gradient on one rank; leave it out"
+            f"layout.{axis} = {getattr(layout, axis)} does not fit codec.variance_every: it clips momentum by the "
+            "norm of a whole replica's gradient on one rank; leave it out"
         )
     if layout.stages > 1 and layout.schedule in ("gpipe", "1f1b"):
         raise PlanError(
-            f"layout.stages is {layout.stages}, but schedule {layout.schedule} has one stage a rank; take interleaved or "
-            "zero_bubble"
+            f"layout.stages is {layout.stages}, but schedule {layout.schedule} has one stage a rank; take "
+            "interleaved or zero_bubble"
         )
     if layout.pipeline > 1 and layout.stages == 1 and layout.schedule in ("interleaved", "zero_bubble"):
         raise PlanError(
-            f"layout.schedule {layout.schedule} needs several stages on each rank, but layout.stages is 1; set it to 2 or "
-            "more, or take 1f1b"
+            f"layout.schedule {layout.schedule} needs several stages on each rank, but layout.stages is 1; set it "
+            "to 2 or more, or take 1f1b"
         )
     if layout.pipeline > 1 and plan.batch.accumulate > 1:
         raise PlanError(
-            f"batch.accumulate is {plan.batch.accumulate}, but a pipeline cuts its samples by layout.micro_batches; leave "
-            "accumulate out"
+            f"batch.accumulate is {plan.batch.accumulate}, but a pipeline cuts its samples by layout.micro_batches; "
+            "leave accumulate out"
         )
     if layout.pipeline > 1 and plan.compute.precision == "bf16" and layout.shard > 1:
         raise PlanError(

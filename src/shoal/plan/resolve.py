@@ -94,12 +94,18 @@ def num_servers(plan: Plan) -> int:
 def check_resumable(before: Plan, now: Plan) -> None:
     """Refuse to resume under a plan that differs in anything but when to stop.
 
+    The layout may differ, and the number of ranks with it, where no rank holds what the others do not (all-reduce
+    without a codec): a checkpoint belongs to no layout.
+
     Raises:
         PlanError: naming the first table and key that differ.
     """
+    movable = before.sync.kind == "allreduce" and before.codec.kind == "none"
     for table in dataclasses.fields(Plan):
         old, new = getattr(before, table.name), getattr(now, table.name)
-        if table.name == "stop" or old == new:
+        if table.name == "stop" or old == new or (movable and table.name == "layout"):
+            continue
+        if movable and table.name == "batch" and dataclasses.replace(old, shares=new.shares) == new:
             continue
         raise PlanError(
             f"cannot resume: {table.name} was {_difference(old, new)} when the run began, and is "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -90,10 +90,11 @@ class CheckpointSession:
         if self._writer is not None:
             self._writer.close()
 
-    def restore(self) -> dict[str, Any] | None:
+    def restore(self, layout: Mapping[str, int]) -> dict[str, Any] | None:
         """Return the state of the newest whole checkpoint and set this rank's random generators; None if there is none.
 
-        Damaged checkpoints are logged by name and passed over. Collective.
+        Damaged checkpoints are logged by name and passed over. Under another layout than `layout`'s the random
+        generators stay as they are. Collective.
 
         Raises:
             CheckpointError: there are checkpoints, but not one is whole.
@@ -109,9 +110,9 @@ class CheckpointSession:
             return None
         self._chosen = self._archive.path(choice["path"])
         document, tensors = archive.read(self._chosen)
-        if self._rank < len(document["late"]):  # a run may go on with more ranks
-            random_state.restore(document["late"][self._rank], self._device)
         restored: dict[str, Any] = tree.decode(document["state"], tensors)
+        if restored.get("layout") == layout:  # else the ranks' random states belong to others
+            random_state.restore(document["late"][self._rank], self._device)
         divided = read_pieces(self._chosen)
         if divided is not None:
             restored["model"], restored["optimizer"] = divided

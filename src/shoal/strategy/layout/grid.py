@@ -31,6 +31,11 @@ class Grid:
     sizes: tuple[int, ...]
     ranks: tuple[int, ...]
 
+    @property
+    def by_axis(self) -> dict[str, int]:
+        """The sizes by name."""
+        return dict(zip(AXES, self.sizes, strict=True))
+
     def size(self, axis: str) -> int:
         """Ranks along one axis."""
         return self.sizes[AXES.index(axis)]

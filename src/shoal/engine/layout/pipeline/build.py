@@ -61,6 +61,7 @@ def build_line(
     group = place.mesh["pipeline"].get_group()
     device = next(model.parameters()).device
     line = Line([_skeleton(graph) for graph in graphs], own, config, device, group, autocast=bf16)
+    line.layers = layers
     return line, traced, nn.ModuleDict({str(number): stage for number, stage in own.items()}), tied
 
 

@@ -6,6 +6,7 @@ computing anything, so that no description has to be received, and unpickled, fr
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +52,32 @@ class Stage(nn.Module):
 
 
 class _KnownStage(PipelineStage):
-    """A stage whose inputs and outputs are known: nothing is tried out, so nothing has to be cleaned up."""
+    """A stage whose inputs and outputs are known: nothing is tried out, so nothing has to be cleaned up.
+
+    Attributes:
+        busy_s: seconds spent computing.
+    """
+
+    busy_s = 0.0
+
+    def forward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+        """Timed."""
+        return self._timed(super().forward_one_chunk, *args, **kwargs)
+
+    def backward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+        """Timed."""
+        return self._timed(super().backward_one_chunk, *args, **kwargs)
+
+    def backward_weight_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+        """Timed."""
+        return self._timed(super().backward_weight_one_chunk, *args, **kwargs)
+
+    def _timed(self, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return work(*args, **kwargs)
+        finally:
+            self.busy_s += time.perf_counter() - started
 
     def _post_metadata_inference_cleanup(self) -> None:
         """The library's clears gradients, also those of micro-batches of another size before."""
@@ -85,9 +111,12 @@ class Line:
         self._device = device
         self._group = group
         self._autocast = autocast
+        self.layers: list[list[str]] = [[] for _ in skeleton]
         self._forms: dict[Any, list[_Form]] = {}
         self._schedules: dict[Any, Any] = {}
         self._score: Callable[[Any, int], Tensor] | None = None
+        self._pipelines: list[_KnownStage] = []
+        self._training_s = 0.0
 
     @property
     def is_last(self) -> bool:
@@ -111,6 +140,7 @@ class Line:
             stage.inputs = list(inputs)
         self._score = score
         schedule = self._schedule(inputs[0], len(inputs), train=train)
+        started = time.perf_counter()
         numbers = torch.arange(len(inputs), device=self._device)
         losses: list[Tensor] = []
         step = schedule.step if train else schedule.eval
@@ -119,13 +149,23 @@ class Line:
             step(numbers, number=numbers, target=target, losses=losses, **({"return_outputs": False} if train else {}))
         else:
             step(number=numbers, target=target, losses=losses, **({"return_outputs": False} if train else {}))
+        if train:
+            self._training_s += time.perf_counter() - started
         return losses
+
+    @property
+    def bubble(self) -> float:
+        """The part of the training's time in which this rank computed nothing: the measured bubble."""
+        busy_s = sum(stage.busy_s for stage in self._pipelines)
+        return max(0.0, 1 - busy_s / self._training_s) if self._training_s else 0.0
 
     def _schedule(self, example: Mapping[str, Any], count: int, *, train: bool) -> Any:
         key = (_shapes(example), count, train)
         if key not in self._schedules:
             forms = self._form(example)
             stages = [self._stage(number, forms[number]) for number in self._own]
+            if train:
+                self._pipelines += stages
             own: Any = stages[0] if len(stages) == 1 else stages
             kind = self._kind(count, train=train)
             self._schedules[key] = kind(own, count, loss_fn=self._loss, scale_grads=False)
@@ -145,7 +185,7 @@ class Line:
         assert self._score is not None
         return self._score(outputs, int(number))
 
-    def _stage(self, number: int, form: _Form) -> PipelineStage:
+    def _stage(self, number: int, form: _Form) -> _KnownStage:
         first = torch.zeros(1, dtype=torch.long, device=self._device)
         return _KnownStage(
             self._own[number],
