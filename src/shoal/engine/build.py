@@ -17,6 +17,7 @@ from shoal.data.loader import Cursor, Loader, LoaderConfig, num_samples
 from shoal.engine import random_state
 from shoal.engine.exchange import EXCHANGES, ReplicaExchange
 from shoal.engine.exchange.base import Wiring
+from shoal.engine.layout.deferred import build
 from shoal.engine.layout.divide import Divided, Task, divide
 from shoal.engine.layout.lanes import Lanes
 from shoal.engine.layout.pipeline.line import Line
@@ -97,10 +98,17 @@ def build_parts(job: Job, plan: Plan, topology: Topology, grid: Grid, device: to
     training, validation = _datasets(job)
     loader = Loader(training, _loader_config(plan, device), grid.feed(topology.rank), job.collate)
     _check_size(loader.num_samples, plan, grid)
-    model = _model(job, device)
+    divides = plan.layout.ranks_per_replica > 1
+    model, deferred = build(job.model, plan.layout.defer_above) if divides else (job.model(), None)
+    model = _prepared(model, device)
     _check_tables(model, plan)
-    make_equal(model)
-    task = Task(example=lambda: _example(job, loader), rules=job.tensor, bf16=plan.compute.precision == "bf16")
+    make_equal(model, salt=deferred.digest() if deferred else "")
+    task = Task(
+        example=lambda: _example(job, loader),
+        rules=job.tensor,
+        bf16=plan.compute.precision == "bf16",
+        deferred=deferred,
+    )
     divided = _divide(model, plan, topology, grid, device, task)
     replica = divided.replica
     parameters = [held.local for held in replica.held]
@@ -205,19 +213,20 @@ def _check_size(total: int, plan: Plan, grid: Grid) -> None:
         )
 
 
-def _model(job: Job, device: torch.device) -> nn.Module:
-    model = job.model()
+def _prepared(model: object, device: torch.device) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise JobError(f"the job's model returned {type(model).__name__}, expected a torch.nn.Module")
     for name, p in model.named_parameters():
-        if p.device.type not in ("cpu", device.type):
+        if p.device.type not in ("cpu", "meta", device.type):
             raise JobError(
                 f"the model's parameter {name} is on {p.device}, but this rank computes on {device}; build the model "
                 "on the CPU, Shoal moves it"
             )
     if not any(p.requires_grad for p in model.parameters()):
         raise JobError("the job's model has no parameter that requires a gradient: there is nothing to train")
-    return model.to(device).train()
+    if device.type != "cpu":
+        model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
+    return model.train()
 
 
 def _check_tables(model: nn.Module, plan: Plan) -> None:

@@ -9,18 +9,24 @@ import hashlib
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
+from shoal.errors import JobError
 from shoal.wire.collectives import failures_as_lost_peers
 
 
-def make_equal(model: nn.Module) -> bool:
+def make_equal(model: nn.Module, *, salt: str = "") -> bool:
     """Give every rank rank 0's parameters and buffers, if they are not equal already; return whether they were.
 
-    Models built from one seed usually are equal, and then only a checksum is sent.
+    Models built from one seed usually are equal, and then only a checksum is sent. What has no values yet is passed
+    over; `salt` says how it will get them.
+
+    Raises:
+        JobError: the salts differ.
     """
     digest = hashlib.sha256()
-    for tensor in _tensors(model):
+    tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_meta]
+    for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     own = torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
     first = own.clone()
@@ -28,10 +34,26 @@ def make_equal(model: nn.Module) -> bool:
         dist.broadcast(first, src=0)
         differs = torch.tensor([float(not torch.equal(own, first))])
         dist.all_reduce(differs)
+        _check_salt(salt)
         if differs.item() > 0:
-            for tensor in _tensors(model):
+            for tensor in tensors:
                 dist.broadcast(tensor.detach(), src=0)
     return differs.item() == 0
+
+
+def _check_salt(salt: str) -> None:
+    if not salt:
+        return
+    own = torch.frombuffer(bytearray(salt.encode()), dtype=torch.uint8)
+    first = own.clone()
+    dist.broadcast(first, src=0)
+    differs = torch.tensor([float(not torch.equal(own, first))])
+    dist.all_reduce(differs)
+    if differs.item() > 0:
+        raise JobError(
+            "the ranks' models differ in large parameters: the job's model function draws other numbers, or builds "
+            "another model, on some ranks; make it depend on its arguments and torch's seed only"
+        )
 
 
 class BufferAverage:
@@ -56,7 +78,3 @@ class BufferAverage:
                 if count > 0:
                     dist.all_reduce(buffer.mul_(self._weight), group=self._group)
         self._versions = [buffer._version for buffer in self._buffers]
-
-
-def _tensors(model: nn.Module) -> list[Tensor]:
-    return [*model.parameters(), *model.buffers()]

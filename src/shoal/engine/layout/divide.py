@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from shoal.engine.layout.blocks import blocks
+from shoal.engine.layout.deferred import Deferred
 from shoal.engine.layout.pipeline.build import Tied, build_line, sum_tied
 from shoal.engine.layout.pipeline.line import Line
 from shoal.engine.layout.pipeline.trace import Traced
@@ -50,11 +52,13 @@ class Task:
         example: makes the arguments of a call of the model, for one micro-batch; asked only where it is needed.
         rules: the job's own for the tensor axis; without, the table's.
         bf16: the forward computes in bfloat16.
+        deferred: makes the values of parameters that are on the device meta.
     """
 
     example: Callable[[], tuple[tuple[Any, ...], Mapping[str, Any]]]
     rules: Mapping[str, str]
     bf16: bool
+    deferred: Deferred | None = None
 
 
 def divide(model: nn.Module, place: Place, task: Task) -> Divided:
@@ -89,8 +93,11 @@ def divide(model: nn.Module, place: Place, task: Task) -> Divided:
         index = place.index("shard")
         regions = {name: region.of_rows(index, config.shard) for name, region in regions.items()}
         usage = Usage(model, inner)
+    _give_memory(model, place.mesh.device_type)
     found = {inner[key]: p for key, p in model.named_parameters()}
     parameters = [_held(name, found[name], regions[name], copies[name]) for name in whole if name in found]
+    if task.deferred is not None:
+        _fill(parameters, task.deferred)
     own_buffers = {id(buffer) for buffer in model.buffers()}
     replica = Replica(
         model,
@@ -123,12 +130,27 @@ class _Tensors:
         splits = own or find(model)
         args, kwargs = task.example()
         owners = [split.owner for split in splits if split.owner]
-        calls = record_calls(model, owners, lambda: model(*args, **kwargs))
+        has_values = not any(p.is_meta for p in model.parameters())
+        calls = record_calls(model, owners, lambda: model(*args, **kwargs)) if has_values else {}
         return cls(splits, calls, place.mesh["tensor"], strict=bool(own))
 
     def apply(self, modules: Mapping[str, nn.Module]) -> Outcome:
         """Divide those of the modules that this rank has. Collective over the tensor axis."""
         return divide_tensors(modules, self.splits, self.calls, self.mesh, strict=self.strict)
+
+
+def _give_memory(model: nn.Module, device: str) -> None:
+    """Room for the parts of parameters that have no values yet."""
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
+
+
+def _fill(parameters: Sequence[Held], deferred: Deferred) -> None:
+    """Make what was deferred, one whole parameter at a time, and keep this rank's part."""
+    with torch.no_grad():
+        for held in parameters:
+            if held.name in deferred.names:
+                held.local.copy_(held.region.take(deferred.make(held.name)))
 
 
 def _held(name: str, parameter: nn.Parameter, region: Region, copies: int) -> Held:

@@ -46,6 +46,11 @@ class _Stopwatch(fx.Interpreter):
         self._profile = profile
         self._micro_batches = micro_batches
 
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """A parameter that the model itself uses."""
+        value = super().get_attr(target, args, kwargs)
+        return _stand_in(value) if isinstance(value, Tensor) and value.is_meta else value
+
     def run_node(self, node: fx.Node) -> Any:
         if not node.op.startswith("call_"):
             return super().run_node(node)
@@ -56,7 +61,7 @@ class _Stopwatch(fx.Interpreter):
             saved = _Saved()
             started = time.perf_counter()
             with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
-                value = getattr(self, node.op)(node.target, tuple(leaves), kwargs)
+                value = self._call(node, tuple(leaves), kwargs)
             _backward(value)
             fastest, kept = min(fastest, time.perf_counter() - started), saved.size_bytes
         if not isinstance(value, Tensor):
@@ -65,6 +70,24 @@ class _Stopwatch(fx.Interpreter):
         size_bytes = _parameter_bytes(module) * _STATES_PER_PARAMETER + kept * self._micro_batches
         self._profile.weights[node.name] = Weight(fastest, size_bytes)
         return value.detach() if isinstance(value, Tensor) else value
+
+    def _call(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if node.op == "call_module":
+            module = self.fetch_attr(str(node.target))
+            stand_ins = _stand_ins(module)
+            if stand_ins:
+                return torch.func.functional_call(module, stand_ins, args, kwargs)
+        return getattr(self, node.op)(node.target, args, kwargs)
+
+
+def _stand_ins(module: nn.Module) -> dict[str, Tensor]:
+    """Values for what has none yet: any do, for their time."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    return {
+        name: torch.full(t.shape, 0.01, dtype=t.dtype).requires_grad_(t.requires_grad)
+        for name, t in tensors
+        if t.is_meta
+    }
 
 
 class _Saved:
