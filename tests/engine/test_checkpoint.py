@@ -270,7 +270,7 @@ def test_another_versions_format_is_named(tmp_path: Path) -> None:
     path = write(Archive(tmp_path, keep=1, keep_best=False), 5)
     manifest = json.loads((path / "manifest.json").read_text())
     (path / "manifest.json").write_text(json.dumps(manifest | {"format": 99}))
-    with pytest.raises(CheckpointError, match="has format 99, expected 1"):
+    with pytest.raises(CheckpointError, match="has format 99, expected 2"):
         archive.read(path)
 
 

@@ -81,7 +81,18 @@ def test_plans_have_the_same_hash_only_if_they_are_equal(one: Plan, other: Plan)
 def test_every_field_changes_the_hash() -> None:
     base = resolve_plan(Plan(), 2)
     changes: dict[str, dict[str, Any]] = {
-        "layout": {"replicate": 3},
+        "layout": {
+            "replicate": 3,
+            "shard": 2,
+            "tensor": 2,
+            "pipeline": 2,
+            "schedule": "gpipe",
+            "stages": 2,
+            "micro_batches": 3,
+            "recompute": True,
+            "offload": True,
+            "defer_above": 9,
+        },  # fmt: skip
         "sync": {"form": "flat", "algorithm": "ring", "bucket_mb": 8.0, "lanes": 3},
         "batch": {"size": 65, "accumulate": 2, "shares": (1.0, 2.0)},
         "compute": {"device": "cpu", "precision": "bf16", "clip_norm": 1.0, "threads": 1},

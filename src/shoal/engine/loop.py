@@ -13,7 +13,7 @@ from typing import Any
 
 from shoal.data.loader import Batch
 from shoal.engine.build import Parts
-from shoal.engine.checkpoint.pieces import KEY, pieces_of
+from shoal.engine.checkpoint.pieces import KEY, fits_twice, pieces_of
 from shoal.engine.checkpoint.session import CheckpointSession
 from shoal.engine.computation import Computation
 from shoal.engine.control import StopRequest
@@ -221,7 +221,7 @@ class Loop:
             )
         return self._crew.stop_rule.after_validation(values, self.progress), best and self._config.keep_best
 
-    def _save(self, *, best: bool) -> None:
+    def _save(self, *, best: bool, final: bool = False) -> None:
         parts = self._crew.parts
         self._average_buffers()
         private = self._crew.exchange.state_dict()
@@ -230,7 +230,9 @@ class Loop:
             private |= copied({"optimizer": parts.optimizer.state_dict(), "schedule": schedule})
         model, optimizer = self._crew.exchange.model_state(), named_state(parts.optimizer, parts.replica)
         if not parts.replica.is_whole:
-            private[KEY] = copied(pieces_of(parts.replica, model, optimizer)) if self._config.writes_pieces else {}
+            pieces = pieces_of(parts.replica, model, optimizer) if self._config.writes_pieces else {}
+            final = final or not fits_twice(pieces)
+            private[KEY] = pieces if final else copied(pieces)
             model, optimizer = {}, {}
         state: dict[str, Any] = {
             "model": model,
@@ -240,13 +242,15 @@ class Loop:
             "layout": dict(self._config.layout),
         }
         self._crew.checkpoints.save(self.progress.step, state, private, parts.model.buffers(), best=best)
+        if final:
+            self._crew.checkpoints.wait()
 
     def _finish(self) -> None:
         best, changed = False, self._crew.exchange.conclude()
         if (changed or self.progress.validated_step != self.progress.step) and self._config.validate_every:
             _, best = self._validate()
         if changed or best or self._crew.checkpoints.saved_step != self.progress.step:
-            self._save(best=best)
+            self._save(best=best, final=True)
         self._crew.checkpoints.wait()
 
 

@@ -25,6 +25,7 @@ from typing import Any, Self
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from shoal.errors import CheckpointError
@@ -32,6 +33,12 @@ from shoal.run import sync_folder
 
 _TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 _FORMAT = 2
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.complex64: "C64", torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64",
+}  # fmt: skip
+"""The names of dtypes in the safetensors format."""
 _HASH_PIECE_BYTES = 8 * 1024 * 1024
 
 
@@ -111,7 +118,7 @@ class Archive:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             paths = [folder / f"rank-{rank}{suffix}" for suffix in (".safetensors", ".json")]
-            safetensors.torch.save_file(tensors, paths[0])
+            _save_tensors(tensors, paths[0])
             paths[1].write_text(json.dumps(state))
             for path in paths:
                 _sync_file(path)
@@ -250,7 +257,7 @@ def _write_folder(
 ) -> int:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    safetensors.torch.save_file(tensors, folder / _TENSORS)
+    _save_tensors(tensors, folder / _TENSORS)
     (folder / _STATE).write_text(json.dumps(state))
     files = {name: _describe(folder / name) for name in (_TENSORS, _STATE)}
     for attachment in attachments:
@@ -264,14 +271,41 @@ def _write_folder(
     return sum(int(entry["size_bytes"]) for entry in files.values())
 
 
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file one tensor after the other: the library's own function first copies all of them."""
+    header: dict[str, Any] = {}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    described = json.dumps(header).encode()
+    described += b" " * (-len(described) % 8)
+    with path.open("wb") as file:
+        file.write(len(described).to_bytes(8, "little") + described)
+        for tensor in tensors.values():
+            file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
 def _describe(path: Path) -> dict[str, Any]:
     """Size and SHA-256. Large pieces: the hash runs without Python's lock, but has to take it back after each."""
     digest = hashlib.sha256()
     size_bytes = path.stat().st_size
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        for start in range(0, size_bytes, _HASH_PIECE_BYTES):
+        for start in range(0, size_bytes, _DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.complex64: "C64", torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64",
+}  # fmt: skip
+"""The names of dtypes in the safetensors format."""
+_HASH_PIECE_BYTES):
             with memoryview(content) as view:
-                digest.update(view[start : start + _HASH_PIECE_BYTES])
+                digest.update(view[start : start + _DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.complex64: "C64", torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64",
+}  # fmt: skip
+"""The names of dtypes in the safetensors format."""
+_HASH_PIECE_BYTES])
     return {"size_bytes": size_bytes, "sha256": digest.hexdigest()}
 
 

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import safetensors
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten
 
 from shoal.engine.checkpoint import archive, tree
 from shoal.engine.layout.replica import Replica
@@ -38,6 +40,13 @@ def pieces_of(replica: Replica, model: Mapping[str, Tensor], optimizer: Mapping[
         "state": {name: dict(values) for name, values in optimizer["state"].items()},
         "groups": list(optimizer["groups"]),
     }
+
+
+def fits_twice(pieces: Any) -> bool:
+    """Whether a copy of nested tensors would leave most of the machine's free memory free."""
+    tensors = [value for value in tree_flatten(pieces)[0] if isinstance(value, Tensor)]
+    size_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return size_bytes < psutil.virtual_memory().available / 8
 
 
 @dataclass(frozen=True)

@@ -160,8 +160,8 @@ class Deferred(TorchDispatchMode):
         except (NotImplementedError, RuntimeError) as error:
             raise JobError(
                 f"the model's constructor looks at the values of a large parameter ({func}), which a divided model "
-                "does not have while it is built; set layout.defer_above to a number larger than its parameters to build it "
-                f"whole on every rank first: {str(error).partition(chr(10))[0]}"
+                "does not have while it is built; set layout.defer_above to a number larger than its parameters to "
+                f"build it whole on every rank first: {str(error).partition(chr(10))[0]}"
             ) from None
         outputs = tuple(self._spot(value) for value in tree_flatten(result)[0] if isinstance(value, Tensor))
         self._keep(_Act(func, inputs[0], inputs[1], outputs, dice))

@@ -83,11 +83,11 @@ class _Stopwatch(fx.Interpreter):
 def _stand_ins(module: nn.Module) -> dict[str, Tensor]:
     """Values for what has none yet: any do, for their time."""
     tensors = [*module.named_parameters(), *module.named_buffers()]
-    return {
-        name: torch.full(t.shape, 0.01, dtype=t.dtype).requires_grad_(t.requires_grad)
-        for name, t in tensors
-        if t.is_meta
-    }
+    return {name: _stand_in(tensor) for name, tensor in tensors if tensor.is_meta}
+
+
+def _stand_in(tensor: Tensor) -> Tensor:
+    return torch.full(tensor.shape, 0.01, dtype=tensor.dtype).requires_grad_(tensor.requires_grad)
 
 
 class _Saved:
