@@ -92,7 +92,7 @@ def test_every_field_changes_the_hash() -> None:
             "recompute": True,
             "offload": True,
             "defer_above": 9,
-        },  # fmt: skip
+        },
         "sync": {"form": "flat", "algorithm": "ring", "bucket_mb": 8.0, "lanes": 3},
         "batch": {"size": 65, "accumulate": 2, "shares": (1.0, 2.0)},
         "compute": {"device": "cpu", "precision": "bf16", "clip_norm": 1.0, "threads": 1},

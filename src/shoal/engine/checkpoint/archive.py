@@ -291,21 +291,9 @@ def _describe(path: Path) -> dict[str, Any]:
     digest = hashlib.sha256()
     size_bytes = path.stat().st_size
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        for start in range(0, size_bytes, _DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-    torch.complex64: "C64", torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64",
-}  # fmt: skip
-"""The names of dtypes in the safetensors format."""
-_HASH_PIECE_BYTES):
+        for start in range(0, size_bytes, _HASH_PIECE_BYTES):
             with memoryview(content) as view:
-                digest.update(view[start : start + _DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-    torch.complex64: "C64", torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64",
-}  # fmt: skip
-"""The names of dtypes in the safetensors format."""
-_HASH_PIECE_BYTES])
+                digest.update(view[start : start + _HASH_PIECE_BYTES])
     return {"size_bytes": size_bytes, "sha256": digest.hexdigest()}
 
 
