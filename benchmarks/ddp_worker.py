@@ -27,6 +27,7 @@ from shoal.events import EventLog
 from shoal.job.job import Job
 from shoal.job.target import resolve
 from shoal.plan import Plan, parse_plan
+from shoal.strategy.layout.grid import arrange
 from shoal.strategy.topology import Topology
 from shoal.wire.rendezvous import identity_from, join, leave, start_collectives
 
@@ -75,7 +76,7 @@ def interface_bytes() -> int:
 
 def train(job: Job, plan: Plan, topology: Topology, log: EventLog) -> None:
     """Train for the plan's number of steps, and validate when it says so."""
-    parts = build.build_parts(job, plan, topology, CPU)
+    parts = build.build_parts(job, plan, topology, arrange(plan.layout, topology.nodes), CPU)
     validate = validator(job, parts, plan, topology) if plan.validation.every else None
     take_step = stepper(job, parts, plan, topology)
     size = topology.world_size

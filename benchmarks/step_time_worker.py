@@ -30,6 +30,7 @@ from shoal.engine.stopping import StopRule
 from shoal.events import EventLog
 from shoal.job.target import resolve
 from shoal.plan import Plan, parse_plan, resolve_plan
+from shoal.strategy.layout.grid import arrange
 from shoal.strategy.topology import Topology
 from shoal.wire.rendezvous import Membership, identity_from, join, leave, start_collectives
 
@@ -40,12 +41,12 @@ Step = Callable[[], object]
 def shoal_step(target: str, settings: list[str], plan: Plan, topology: Topology, membership: Membership) -> Step:
     """Shoal's own loop, event log included."""
     job = resolve(target, settings).load()
-    parts = build.build_parts(job, plan, topology, CPU)
+    parts = build.build_parts(job, plan, topology, arrange(plan.layout, topology.nodes), CPU)
     forward = Forward(parts.model, job.loss, CPU, plan.compute.precision)
     folder = Path(tempfile.mkdtemp(prefix="shoal-benchmark-"))
     log = EventLog(folder / "events.jsonl", f"rank-{topology.rank}")
     size = topology.world_size
-    exchange = build.build_exchange(plan, parts, topology, membership, CPU, log)
+    exchange = build.build_exchange(plan, parts, topology, arrange(plan.layout, topology.nodes), membership, CPU, log)
     archive = Archive(folder, keep=1, keep_best=False)
     checkpoints = CheckpointSession(membership.store, topology.rank, size, archive, log, CPU)
     crew = Crew(
@@ -69,7 +70,7 @@ def shoal_step(target: str, settings: list[str], plan: Plan, topology: Topology,
 def plain_step(target: str, settings: list[str], plan: Plan, topology: Topology, *, wrap: bool) -> Step:
     """The loop of PyTorch's own tutorial, over DistributedDataParallel as it comes, or over the bare model."""
     job = resolve(target, settings).load()
-    parts = build.build_parts(job, plan, topology, CPU)
+    parts = build.build_parts(job, plan, topology, arrange(plan.layout, topology.nodes), CPU)
     batches: Iterator[Batch] = parts.loader.batches(Cursor())
     model = DistributedDataParallel(parts.model) if wrap else parts.model
 

@@ -41,7 +41,7 @@ from shoal.run import Run
 from shoal.strategy.layout.bubble import bubble
 from shoal.strategy.layout.grid import Grid, arrange, explain
 from shoal.strategy.topology import Topology
-from shoal.wire.blocks import keep_large_blocks
+from shoal.wire.blocks import KEEP_BYTES, KEEP_LITTLE_BYTES, keep_large_blocks
 from shoal.wire.rendezvous import Identity, Membership, identity_from, join, leave, start_collectives
 
 
@@ -83,7 +83,8 @@ def _work(run: Run, identity: Identity, log: EventLog, *, resume: bool) -> None:
     topology = Topology(identity.rank, membership.nodes)
     device = build.choose_device(plan.compute, topology)
     build.set_threads(plan.compute, topology)
-    keep_large_blocks()
+    # A model that is divided is large: what is free belongs to it.
+    keep_large_blocks(KEEP_BYTES if plan.layout.ranks_per_replica == 1 else KEEP_LITTLE_BYTES)
     start_collectives(membership, device)
     context = _Context(run, plan, target, membership, topology, device, log)
     job = target.load()

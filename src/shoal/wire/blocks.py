@@ -12,12 +12,12 @@ import sys
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 _LARGEST_BLOCK = 32 * 1024 * 1024  # glibc's own limit for blocks from its heap
-_KEEP_BYTES = 1 << 30
+KEEP_BYTES, KEEP_LITTLE_BYTES = 1 << 30, 1 << 27
 _AHEAD_BYTES = 64 * 1024 * 1024  # of address space; pages come when they are touched
 
 
-def keep_large_blocks() -> None:
-    """Let this process's malloc reuse blocks of up to 32 MiB, and hold on to up to 1 GiB that is free.
+def keep_large_blocks(keep_bytes: int = KEEP_BYTES) -> None:
+    """Let this process's malloc reuse blocks of up to 32 MiB, and hold on to up to `keep_bytes` that are free.
 
     For the whole process, from now on; on systems without glibc it does nothing.
     """
@@ -26,5 +26,5 @@ def keep_large_blocks() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _LARGEST_BLOCK)
-        mallopt(_M_TRIM_THRESHOLD, _KEEP_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, keep_bytes)
         mallopt(_M_TOP_PAD, _AHEAD_BYTES)
