@@ -1,4 +1,6 @@
-"""One rank of stock DistributedDataParallel: the loop of PyTorch's own tutorial, on a plan's data, batch and clipping.
+"""One rank of a stock PyTorch system: the loop of PyTorch's own tutorials, on a plan's data, batch and clipping.
+
+DistributedDataParallel; FSDP2 over all ranks; or HSDP, which is FSDP2 inside nodes and all-reduce between them.
 
 It writes the events that Shoal's ranks write (`shoal.events`), so that both are read alike. `bytes_sent` is payload, as
 Shoal counts it: a ring all-reduce of the gradients. `interface_bytes` is what the network interface counted. On one
@@ -17,6 +19,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from shoal.data.loader import Batch, Cursor
@@ -49,19 +53,38 @@ def validator(job: Job, parts: build.Parts, plan: Plan, topology: Topology) -> V
     )
 
 
-def stepper(job: Job, parts: build.Parts, plan: Plan, topology: Topology) -> Callable[[Batch], float]:
+def wrap(model: nn.Module, system: str, topology: Topology) -> nn.Module:
+    """The model as a system wants it."""
+    if topology.world_size == 1:
+        return model
+    if system == "ddp":
+        return DistributedDataParallel(model)
+    shape, names = ((topology.world_size,), ("shard",))
+    if system == "hsdp":
+        size = len(topology.local_ranks)
+        shape, names = (topology.world_size // size, size), ("replicate", "shard")
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    for block in model.blocks:  # type: ignore[union-attr]  # the example's
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def stepper(job: Job, parts: build.Parts, plan: Plan, topology: Topology, system: str) -> Callable[[Batch], float]:
     """A function that takes one step and returns this rank's loss."""
-    wrapped: nn.Module = DistributedDataParallel(parts.model) if topology.world_size > 1 else parts.model
+    wrapped = wrap(parts.model, system, topology)
+    sharded = system in ("fsdp", "hsdp") and topology.world_size > 1
+    optimizer = job.optimizer(list(wrapped.parameters())) if sharded else parts.optimizer
 
     def step(batch: Batch) -> float:
         [(_, samples)] = batch.micro_batches
-        parts.optimizer.zero_grad()
+        optimizer.zero_grad()
         loss = job.loss(wrapped, samples)
         assert isinstance(loss, torch.Tensor)
         loss.backward()
         if plan.compute.clip_norm is not None:
             nn.utils.clip_grad_norm_(parts.model.parameters(), plan.compute.clip_norm)
-        parts.optimizer.step()
+        optimizer.step()
         if parts.schedule is not None:
             parts.schedule.step()
         return loss.item()  # as Shoal's loop does: a loss that nobody reads cannot be checked
@@ -74,11 +97,11 @@ def interface_bytes() -> int:
     return int(Path(f"/sys/class/net/{os.environ['GLOO_SOCKET_IFNAME']}/statistics/tx_bytes").read_text())
 
 
-def train(job: Job, plan: Plan, topology: Topology, log: EventLog) -> None:
+def train(job: Job, plan: Plan, topology: Topology, log: EventLog, system: str) -> None:
     """Train for the plan's number of steps, and validate when it says so."""
     parts = build.build_parts(job, plan, topology, arrange(plan.layout, topology.nodes), CPU)
     validate = validator(job, parts, plan, topology) if plan.validation.every else None
-    take_step = stepper(job, parts, plan, topology)
+    take_step = stepper(job, parts, plan, topology, system)
     size = topology.world_size
     gradient_bytes = sum(p.numel() * p.element_size() for p in parts.model.parameters() if p.requires_grad)
     payload = 2 * gradient_bytes * (size - 1) // size
@@ -117,7 +140,7 @@ def main() -> None:
     build.set_threads(plan.compute, topology)
     job = resolve(settings["job"], settings["set"]).load()
     with EventLog(Path(settings["events"]) / f"rank-{identity.rank}.jsonl", f"rank-{identity.rank}") as log:
-        train(job, plan, topology, log)
+        train(job, plan, topology, log, settings.get("system", "ddp"))
     if identity.rank == 0:
         print("{}")
     sys.stdout.flush()

@@ -171,8 +171,8 @@ def train_shoal(plan: Plan, task: Task, lab: str) -> Record:
     return _with_patience(once)
 
 
-def train_ddp(task: Task, lab: str) -> Record:
-    """Train by DistributedDataParallel on the lab; on a lab of one node, by the plain loop."""
+def train_ddp(task: Task, lab: str, system: str = "ddp") -> Record:
+    """Train by DistributedDataParallel ("fsdp", "hsdp": these) on the lab; on a lab of one rank, by the plain loop."""
     cluster = parse_lab(lab)
 
     def once() -> Record:
@@ -182,6 +182,7 @@ def train_ddp(task: Task, lab: str) -> Record:
                 "set": MODELS[task.model],
                 "plan": dump_plan(resolve_plan(task.over(Plan()), cluster.world_size)),
                 "events": folder,
+                "system": system,
             }
             worker = Path(__file__).with_name("ddp_worker.py")
             run_workers(emulated.seating(), worker, settings, timeout_s=6 * 3600)

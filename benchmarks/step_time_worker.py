@@ -21,6 +21,7 @@ from shoal.data.loader import Batch, Cursor
 from shoal.engine import build
 from shoal.engine.checkpoint.archive import Archive
 from shoal.engine.checkpoint.session import CheckpointSession
+from shoal.engine.computation import Direct
 from shoal.engine.control import StopRequest
 from shoal.engine.forward import Forward
 from shoal.engine.loop import Crew, Loop, LoopConfig
@@ -51,7 +52,7 @@ def shoal_step(target: str, settings: list[str], plan: Plan, topology: Topology,
     checkpoints = CheckpointSession(membership.store, topology.rank, size, archive, log, CPU)
     crew = Crew(
         parts=parts,
-        forward=forward,
+        computation=Direct(forward, parts.replica),
         exchange=exchange,
         checkpoints=checkpoints,
         validator=None,
@@ -61,7 +62,14 @@ def shoal_step(target: str, settings: list[str], plan: Plan, topology: Topology,
         log=log,
     )
     config = LoopConfig(
-        rank=topology.rank, weight=1 / size, clip_norm=None, validate_every=0, checkpoint_every=0, keep_best=False
+        rank=topology.rank,
+        weight=1 / size,
+        clip_norm=None,
+        validate_every=0,
+        checkpoint_every=0,
+        keep_best=False,
+        layout={},
+        writes_pieces=False,
     )
     loop = Loop(config, crew, Progress())
     return lambda: crew.pace.round(loop)

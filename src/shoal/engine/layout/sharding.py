@@ -5,7 +5,7 @@ Zhao et al. 2023, PyTorch FSDP; torch.distributed.fsdp.fully_shard.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -13,8 +13,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 
+LARGEST_GATHER_BYTES = 96 * 1024 * 1024
+"""A block with more is gathered in parts, so that a rank's memory is its share and little more."""
+
+
 def shard(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, *, bf16: bool, offload: bool) -> None:
-    """Divide the parameters of a model over `mesh`, block by block.
+    """Divide the parameters of a model over `mesh`, block by block; large blocks module by module.
 
     Args:
         blocks: modules to gather one at a time; those that are not the model's are passed over.
@@ -24,7 +28,7 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, *, bf
     precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
     place = CPUOffloadPolicy() if offload and mesh.device_type != "cpu" else OffloadPolicy()
     inside = set(model.modules())
-    for part in [*(block for block in blocks if block in inside and block is not model), model]:
+    for part in [*_parts(block for block in blocks if block in inside and block is not model), model]:
         fully_shard(part, mesh=mesh, mp_policy=precision, offload_policy=place)
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -32,3 +36,11 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, *, bf
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(enable=True)
             module.set_reduce_scatter_unused_params(True)
+
+
+def _parts(blocks: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """Modules to gather one at a time, those inside others first."""
+    for block in blocks:
+        if sum(p.numel() * p.element_size() for p in block.parameters()) > LARGEST_GATHER_BYTES:
+            yield from _parts(child for child in block.children() if any(True for _ in child.parameters()))
+        yield block
