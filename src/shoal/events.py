@@ -13,6 +13,8 @@ needed and `kill -9` loses at most a line that was being written. Every event ha
 |  |  | data_s, compute_s (forward and backward), wait_s (for the exchange), optimizer_s, |
 |  |  | bytes_sent (by this rank in this step, on the wire) |
 | rhythm | rank 0 | every, fragments, overlap: of local steps, in steps |
+| layout | rank 0 | sentences: where each axis came to lie, and what became of the model |
+| bubble | rank | measured, theoretical: the part of a pipeline's time in which the rank computed nothing, 0 to 1 |
 | consensus | rank 0 | step, distance (root mean square over ranks of the 2-norm from the mean of all replicas) |
 | server_started | every server | address, mode |
 | validation | rank 0 | step, loss, metrics {name: value}, seconds, best (bool) |

@@ -197,6 +197,7 @@ def test_a_layout_that_does_not_fit_is_refused(layout: str, message: str) -> Non
     ("job", "layout", "message"),
     [
         ("blocks.py:job", "pipeline = 2\nstages = 9\nschedule = 'interleaved'", r"fewer than the 18 stages"),
+        ("blocks.py:whole_matrices", "shard = 2", r"LBFGS looks at whole matrices"),
         (
             "blocks.py:untraceable",
             "pipeline = 2",

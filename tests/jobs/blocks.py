@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim import AdamW
+from torch.optim import LBFGS, AdamW
 from torch.utils.data import TensorDataset
 
 import shoal
@@ -107,3 +107,8 @@ def untraceable() -> shoal.Job:
 def indivisible() -> shoal.Job:
     """A rule of the job's own that does not fit."""
     return dataclasses.replace(job(), tensor={"embed": "vocabulary"})
+
+
+def whole_matrices() -> shoal.Job:
+    """An optimizer that no part of a matrix is enough for."""
+    return dataclasses.replace(job(), optimizer=LBFGS)

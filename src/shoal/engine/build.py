@@ -35,6 +35,9 @@ from shoal.strategy.layout.grid import Grid, replicas
 from shoal.strategy.topology import Topology
 from shoal.wire.rendezvous import Membership
 
+_WHOLE_MATRICES = ("Adafactor", "LBFGS", "Muon")
+"""Optimizers of torch.optim whose step on a value depends on others of its matrix."""
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -113,7 +116,7 @@ def build_parts(job: Job, plan: Plan, topology: Topology, grid: Grid, device: to
     replica = divided.replica
     parameters = [held.local for held in replica.held]
     optimizer = job.optimizer(parameters)
-    _check_optimizer(optimizer, parameters)
+    _check_optimizer(optimizer, parameters, replica)
     schedule = job.schedule(optimizer) if job.schedule else None
     random_state.seed_all(plan.seed, grid.feed(topology.rank) + 1)
     return Parts(replica, divided.pipeline, divided.left_whole, optimizer, schedule, loader, validation)
@@ -238,9 +241,14 @@ def _check_tables(model: nn.Module, plan: Plan) -> None:
         )
 
 
-def _check_optimizer(optimizer: object, parameters: Sequence[nn.Parameter]) -> None:
+def _check_optimizer(optimizer: object, parameters: Sequence[nn.Parameter], replica: Replica) -> None:
     if not isinstance(optimizer, Optimizer):
         raise JobError(f"the job's optimizer returned {type(optimizer).__name__}, expected a torch.optim.Optimizer")
     known = {id(p) for p in parameters}
     if any(id(p) not in known for group in optimizer.param_groups for p in group["params"]):
         raise JobError("the job's optimizer holds parameters that are not the model's; use those that it is given")
+    if not replica.is_whole and type(optimizer).__name__ in _WHOLE_MATRICES:
+        raise JobError(
+            f"the job's optimizer {type(optimizer).__name__} looks at whole matrices, but each rank of the layout "
+            "holds a part of them; take an element-wise one, such as AdamW, or layout.replicate alone"
+        )

@@ -12,7 +12,6 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-
 LARGEST_GATHER_BYTES = 96 * 1024 * 1024
 """A block with more is gathered in parts, so that a rank's memory is its share and little more."""
 
