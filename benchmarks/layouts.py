@@ -33,6 +33,7 @@ from shoal.strategy.layout.config import LayoutConfig
 
 ROOT = Path(__file__).parents[1]
 GIB = 2**30
+_OWN = ("Pss_Anon", "Pss_Shmem")
 
 
 def shard_plan(ranks: int) -> Plan:
@@ -117,13 +118,14 @@ def large(options: argparse.Namespace) -> None:
 
 
 def _workers_memory() -> int:
-    """Proportional set sizes of all workers: memory that they share counts once."""
+    """Memory of all workers that is not a file's: what they share counts once, and cached files do not count."""
     total = 0
     for process in psutil.process_iter(["cmdline"]):
         try:
             if "shoal.engine.worker" in (process.info["cmdline"] or []):
-                total += process.memory_full_info().pss
-        except psutil.Error:
+                rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
+                total += sum(int(line.split()[1]) * 1024 for line in rollup.splitlines() if line.startswith(_OWN))
+        except (psutil.Error, OSError):
             continue
     return total
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from shoal._version import __version__
@@ -27,6 +28,7 @@ from shoal.engine.computation import Computation, Direct
 from shoal.engine.exchange import ReplicaExchange
 from shoal.engine.forward import Forward
 from shoal.engine.layout.pipeline.forward import Pipelined, PipelinedForward
+from shoal.engine.layout.replica import Replica
 from shoal.engine.loop import Crew, Loop, LoopConfig, restore, restore_private
 from shoal.engine.pace import InStep, OwnPace
 from shoal.engine.progress import Progress
@@ -41,7 +43,7 @@ from shoal.run import Run
 from shoal.strategy.layout.bubble import bubble
 from shoal.strategy.layout.grid import Grid, arrange, explain
 from shoal.strategy.topology import Topology
-from shoal.wire.blocks import KEEP_BYTES, KEEP_LITTLE_BYTES, keep_large_blocks
+from shoal.wire.blocks import keep_large_blocks, return_large_blocks
 from shoal.wire.rendezvous import Identity, Membership, identity_from, join, leave, start_collectives
 
 
@@ -83,12 +85,14 @@ def _work(run: Run, identity: Identity, log: EventLog, *, resume: bool) -> None:
     topology = Topology(identity.rank, membership.nodes)
     device = build.choose_device(plan.compute, topology)
     build.set_threads(plan.compute, topology)
-    # A model that is divided is large: what is free belongs to it.
-    keep_large_blocks(KEEP_BYTES if plan.layout.ranks_per_replica == 1 else KEEP_LITTLE_BYTES)
+    # A model that is divided may be large: until its size is known, what is free is not kept.
+    (keep_large_blocks if plan.layout.ranks_per_replica == 1 else return_large_blocks)()
     start_collectives(membership, device)
     context = _Context(run, plan, target, membership, topology, device, log)
     job = target.load()
     loop = _assemble(context, job, stop_request, resume=resume)
+    if _is_roomy(loop.parts.replica, topology):
+        keep_large_blocks()
     _announce(context, loop)
     if topology.rank == 0:
         _explain_layout(context, loop.parts)
@@ -97,6 +101,12 @@ def _work(run: Run, identity: Identity, log: EventLog, *, resume: bool) -> None:
     _conclude(context, loop, job, reason, time.perf_counter() - started)
     loop.close()
     leave(membership)
+
+
+def _is_roomy(replica: Replica, topology: Topology) -> bool:
+    """Whether the node's ranks' values, gradients and optimizer state fill less than a quarter of its memory."""
+    size_bytes = sum(held.local.numel() * held.local.element_size() for held in replica.held)
+    return 4 * size_bytes * len(topology.local_ranks) < psutil.virtual_memory().total / 4
 
 
 def _assemble(context: _Context, job: Job, stop_request: control.StopRequest, *, resume: bool) -> Loop:
