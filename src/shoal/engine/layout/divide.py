@@ -93,7 +93,7 @@ def divide(model: nn.Module, place: Place, task: Task) -> Divided:
         index = place.index("shard")
         regions = {name: region.of_rows(index, config.shard) for name, region in regions.items()}
         usage = Usage(model, inner)
-    _give_memory(model, place.mesh.device_type)
+    _give_memory(model, place.device)
     found = {inner[key]: p for key, p in model.named_parameters()}
     parameters = [_held(name, found[name], regions[name], copies[name]) for name in whole if name in found]
     if task.deferred is not None:
@@ -139,7 +139,7 @@ class _Tensors:
         return divide_tensors(modules, self.splits, self.calls, self.mesh, strict=self.strict)
 
 
-def _give_memory(model: nn.Module, device: str) -> None:
+def _give_memory(model: nn.Module, device: torch.device) -> None:
     """Room for the parts of parameters that have no values yet."""
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)

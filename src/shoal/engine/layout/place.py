@@ -17,6 +17,7 @@ class Place:
     """Where a rank stands.
 
     Attributes:
+        device: where this rank computes.
         mesh: the grid as torch.distributed sees it.
         group: the ranks of this rank's replica; `peers`: the ranks of all replicas that stand here in the pipeline.
     """
@@ -24,6 +25,7 @@ class Place:
     config: LayoutConfig
     grid: Grid
     rank: int
+    device: torch.device
     mesh: DeviceMesh
     group: dist.ProcessGroup
     peers: dist.ProcessGroup
@@ -37,7 +39,7 @@ def take_place(config: LayoutConfig, grid: Grid, rank: int, device: torch.device
     """Make the process groups of the grid. Collective."""
     mesh = DeviceMesh(device.type, torch.tensor(grid.ranks).reshape(grid.sizes), mesh_dim_names=AXES)
     group, peers = (_group(grid.groups(*axes), rank) for axes in (WITHIN, ("replicate", "shard", "tensor")))
-    return Place(config, grid, rank, mesh, group, peers)
+    return Place(config, grid, rank, device, mesh, group, peers)
 
 
 def _group(groups: list[list[int]], rank: int) -> dist.ProcessGroup:

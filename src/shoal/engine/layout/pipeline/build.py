@@ -59,8 +59,7 @@ def build_line(
             tied[name] = ranks
     own = {number: Stage(graphs[number]) for number in range(place.index("pipeline"), num_stages, config.pipeline)}
     group = place.mesh["pipeline"].get_group()
-    device = next(model.parameters()).device
-    line = Line([_skeleton(graph) for graph in graphs], own, config, device, group, autocast=bf16)
+    line = Line([_skeleton(graph) for graph in graphs], own, config, place.device, group, autocast=bf16)
     line.layers = layers
     return line, traced, nn.ModuleDict({str(number): stage for number, stage in own.items()}), tied
 
