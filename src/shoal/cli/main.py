@@ -17,6 +17,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "train": "Train a job.",
         "price": "Say what a plan would send, without a run.",
         "secrets": "Make keys for parameter servers.",
+        "export": "Write a run's model as one file.",
         "report": "Show what happened in a run.",
         "doctor": "Say what this machine can do.",
     }

@@ -34,7 +34,7 @@ from shoal.engine.pace import InStep, OwnPace
 from shoal.engine.progress import Progress
 from shoal.engine.stopping import StopRule
 from shoal.engine.validation import Validator
-from shoal.errors import CheckpointError, JobError, PeerLostError, RunError, ShoalError, user_traceback
+from shoal.errors import CheckpointError, JobError, MachineError, PeerLostError, RunError, ShoalError, user_traceback
 from shoal.events import EventLog
 from shoal.job.job import Job
 from shoal.job.target import Target, code_of
@@ -56,7 +56,7 @@ def main() -> None:
             _work(run, identity, log, resume=resume)
             code = 0
         except BaseException as error:
-            _report(error, log)
+            _report(_named(error, run), log)
             code = 1
     sys.stdout.flush()
     sys.stderr.flush()
@@ -295,6 +295,22 @@ def _show_sample(loop: Loop, job: Job, log: EventLog) -> None:
 def _peak_memory_bytes() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _named(error: BaseException, run: Run) -> BaseException:
+    """Out of memory in the words of this machine and plan; any other error as it is."""
+    words = str(error)
+    if not (isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in words):
+        return error
+    layout, here = load_plan(run.plan).layout, psutil.virtual_memory()
+    hints = ["a smaller batch.size, or more batch.accumulate"]
+    hints += ["layout.recompute = true"] if not layout.recompute and layout.ranks_per_replica > 1 else []
+    hints.append(f"layout.shard = {2 * layout.shard} or more: a rank then holds half as much of the model")
+    return MachineError(
+        f"out of memory on node {identity_from(os.environ).node}: this rank held {_peak_memory_bytes() / 1e9:.1f} GB "
+        f"at most, and {here.available / 1e9:.1f} of the machine's {here.total / 1e9:.1f} GB are free "
+        f"({words.partition(chr(10))[0][:200]}). Try {'; '.join(hints)}"
+    )
 
 
 def _report(error: BaseException, log: EventLog) -> None:

@@ -18,7 +18,7 @@ import json
 import mmap
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -67,6 +67,28 @@ class Attachment:
     def from_plain(cls, plain: dict[str, Any]) -> Self:
         """The inverse of `to_plain`."""
         return cls(Path(plain["path"]), int(plain["size_bytes"]), str(plain["sha256"]))
+
+
+class FileTensors(Mapping[str, Tensor]):
+    """The tensors of a safetensors file, each read when it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with safetensors.safe_open(path, framework="pt") as file:
+            self._names = list(file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        with safetensors.safe_open(self._path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 class Archive:
@@ -118,7 +140,7 @@ class Archive:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             paths = [folder / f"rank-{rank}{suffix}" for suffix in (".safetensors", ".json")]
-            _save_tensors(tensors, paths[0])
+            save_tensors(tensors, paths[0])
             paths[1].write_text(json.dumps(state))
             for path in paths:
                 _sync_file(path)
@@ -183,7 +205,7 @@ class Archive:
                 shutil.rmtree(saved.path, ignore_errors=True)
 
 
-def read_private(path: Path, rank: int) -> tuple[Any, dict[str, Tensor]] | None:
+def read_private(path: Path, rank: int) -> tuple[Any, Mapping[str, Tensor]] | None:
     """What one rank alone held, checked; None if the checkpoint has no such part.
 
     Raises:
@@ -196,7 +218,7 @@ def read_private(path: Path, rank: int) -> tuple[Any, dict[str, Tensor]] | None:
             return None
         for name in names:
             _verify(path / name, manifest["files"][name])
-        return json.loads((path / names[1]).read_text()), safetensors.torch.load_file(path / names[0])
+        return json.loads((path / names[1]).read_text()), FileTensors(path / names[0])
 
 
 def verify(path: Path) -> None:
@@ -257,7 +279,7 @@ def _write_folder(
 ) -> int:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    _save_tensors(tensors, folder / _TENSORS)
+    save_tensors(tensors, folder / _TENSORS)
     (folder / _STATE).write_text(json.dumps(state))
     files = {name: _describe(folder / name) for name in (_TENSORS, _STATE)}
     for attachment in attachments:
@@ -271,7 +293,7 @@ def _write_folder(
     return sum(int(entry["size_bytes"]) for entry in files.values())
 
 
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Write a safetensors file one tensor after the other: the library's own function first copies all of them."""
     header: dict[str, Any] = {}
     end = 0

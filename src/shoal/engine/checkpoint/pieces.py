@@ -37,6 +37,7 @@ def pieces_of(replica: Replica, model: Mapping[str, Tensor], optimizer: Mapping[
     return {
         "parameters": {name: {"region": region, "values": model[name]} for name, region in regions.items()},
         "buffers": {name: value for name, value in model.items() if name not in regions},
+        "tied": dict(replica.tied),
         "state": {name: dict(values) for name, values in optimizer["state"].items()},
         "groups": list(optimizer["groups"]),
     }
@@ -79,13 +80,17 @@ class _Names(Mapping[str, _Stored]):
 
 
 class Whole(Mapping[str, Any]):
-    """Whole values by name, put together when they are asked for: parameters and buffers."""
+    """Whole values by name, put together when they are asked for: parameters, buffers, second names of tied ones."""
 
-    def __init__(self, parts: Mapping[str, list[tuple[Region, Any]]], buffers: Mapping[str, Any]) -> None:
+    def __init__(
+        self, parts: Mapping[str, list[tuple[Region, Any]]], buffers: Mapping[str, Any], tied: Mapping[str, str]
+    ) -> None:
         self._parts = parts
+        self._tied = tied
         self._buffers = buffers
 
     def __getitem__(self, name: str) -> Tensor:
+        name = self._tied.get(name, name)
         if name in self._parts:
             return _together(name, self._parts[name])
         buffer: Tensor = _load(self._buffers[name])
@@ -94,9 +99,10 @@ class Whole(Mapping[str, Any]):
     def __iter__(self) -> Iterator[str]:
         yield from self._parts
         yield from self._buffers
+        yield from self._tied
 
     def __len__(self) -> int:
-        return len(self._parts) + len(self._buffers)
+        return len(self._parts) + len(self._buffers) + len(self._tied)
 
 
 class WholeState(Mapping[str, Any]):
@@ -137,9 +143,11 @@ def read_pieces(path: Path) -> tuple[Whole, dict[str, Any]] | None:
     parameters: dict[str, list[tuple[Region, Any]]] = {}
     state: dict[str, list[tuple[Region, Mapping[str, Any]]]] = {}
     buffers: dict[str, Any] = {}
+    tied: dict[str, str] = {}
     groups: list[dict[str, Any]] = []
     for document in found:
         buffers |= document["buffers"]
+        tied |= document["tied"]
         groups += document["groups"]
         for name, piece in document["parameters"].items():
             region = Region.from_plain(piece["region"])
@@ -148,7 +156,7 @@ def read_pieces(path: Path) -> tuple[Whole, dict[str, Any]] | None:
             parameters.setdefault(name, []).append((region, piece["values"]))
             if name in document["state"]:
                 state.setdefault(name, []).append((region, document["state"][name]))
-    return Whole(parameters, buffers), {"state": WholeState(state), "groups": groups}
+    return Whole(parameters, buffers, tied), {"state": WholeState(state), "groups": groups}
 
 
 def _document(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch.distributed import Store
 from shoal.engine import random_state
 from shoal.engine.checkpoint import archive, tree
 from shoal.engine.checkpoint.archive import Archive, Attachment, Saved
-from shoal.engine.checkpoint.pieces import read_pieces
+from shoal.engine.checkpoint.pieces import KEY, read_pieces
 from shoal.engine.checkpoint.private import PrivateWriter, collect
 from shoal.engine.checkpoint.writer import CheckpointWriter
 from shoal.errors import CheckpointError
@@ -126,7 +126,9 @@ class CheckpointSession:
         part = archive.read_private(self._chosen, self._rank) if self._chosen else None
         if part is None:
             return None
-        state: dict[str, Any] = tree.decode(*part)
+        document, tensors = part
+        own = {"items": [pair for pair in document["items"] if pair[0] != KEY]}
+        state: dict[str, Any] = tree.decode(own, tensors)
         return state
 
     def last_good(self) -> str:

@@ -66,6 +66,7 @@ def divide(model: nn.Module, place: Place, task: Task) -> Divided:
     config = place.config
     names = {id(p): name for name, p in model.named_parameters()}
     whole = {name: Region.whole(p.shape) for name, p in model.named_parameters()}
+    tied_names = {name: names[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
     modules = dict(model.named_modules())
     buffers = persistent_buffers(model)
     parts = list(blocks(model).values())
@@ -109,6 +110,7 @@ def divide(model: nn.Module, place: Place, task: Task) -> Divided:
         after_backward=sum_tied(place, parameters, tied) if config.pipeline > 1 else None,
         order={name: index for index, name in enumerate(whole)},
         usage=usage,
+        tied={name: first for name, first in tied_names.items() if name != first},
         size=sum(math.prod(region.shape) for region in whole.values()),
     )
     return Divided(replica, pipeline, outcome.whole)

@@ -75,6 +75,7 @@ class Replica:
         speaks: this rank's loss counts (of ranks that compute the same samples, one).
         order: the place of every parameter of the whole model, on whatever rank.
         usage: tells gradients from zeros where the layout gives every parameter one.
+        tied: second names of the whole model's parameters, and the first.
         size: numbers in the whole model's parameters, where this rank does not hold all.
         held: those parameters that are trained.
         after_backward: completes gradients that several ranks of the replica contribute to.
@@ -89,6 +90,7 @@ class Replica:
     after_backward: Callable[[], None] | None = None
     order: Mapping[str, int] = field(default_factory=dict)
     usage: Usage | None = None
+    tied: Mapping[str, str] = field(default_factory=dict)
     size: int = 0
     held: Sequence[Held] = field(init=False)
 
