@@ -61,7 +61,8 @@ def hybrid(options: argparse.Namespace) -> None:
     rates: dict[str, list[float]] = {name: [] for name in systems}
     for number in range(options.rounds):
         for name in systems if number % 2 == 0 else systems[::-1]:
-            task = Task(model=options.model, steps=options.steps or (60 if name == "hybrid" else 8))
+            steps = options.steps or (100 if name == "hybrid" else 10)
+            task = Task(model=options.model, steps=steps, batch=options.batch)
             rates[name].append(train(name, task, lab).rate(20 if name == "hybrid" else 2))
             store("layouts_hybrid", rates)
     rows = [
@@ -77,7 +78,7 @@ def step(options: argparse.Namespace) -> None:
     times: dict[str, list[float]] = {"shard": [], "fsdp": []}
     for number in range(options.rounds):
         for name in ("shard", "fsdp") if number % 2 == 0 else ("fsdp", "shard"):
-            task = Task(model=options.model, steps=options.steps or 30, batch=8)
+            task = Task(model=options.model, steps=options.steps or 30, batch=options.batch)
             times[name].append(train(name, task, lab).step_seconds(10) * 1e3)
             store("layouts_step", times)
     ratio = [a / b for a, b in zip(times["shard"], times["fsdp"], strict=True)]
@@ -149,6 +150,7 @@ def main() -> None:
     parser.add_argument("--part", choices=["hybrid", "step", "large"], required=True)
     parser.add_argument("--lab")
     parser.add_argument("--model", default="3M")
+    parser.add_argument("--batch", type=int, default=8, help="sequences a step, over all ranks")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--set", action="append", default=[])

@@ -17,6 +17,7 @@ from shoal.engine import random_state
 from shoal.errors import PlanError, WorkerFailedError
 from shoal.job.target import resolve
 from shoal.plan import parse_plan, resolve_plan
+from shoal.run import Run
 from training_runs import events_of, newest_checkpoint, train_on
 
 BATCH, STEPS, NUM_SAMPLES = 12, 10, 50
@@ -136,6 +137,14 @@ def test_the_tensor_axis_divides_what_the_table_names(tmp_path: Path) -> None:
     [layout] = events_of(run, "layout")
     assert "tensor = 2 lies inside nodes" in layout["sentences"][0]
     assert "embed (embed's dimension of 13 does not divide into 2)" in layout["sentences"][-1]
+
+
+@pytest.mark.parametrize(("layout", "nodes"), [("tensor = 2", "aa"), ("tensor = 2\nshard = 2", "aaaa")])
+def test_encoder_layers_and_large_embeddings_are_divided(layout: str, nodes: str, tmp_path: Path) -> None:
+    target = BLOCKS.replace(":job", ":encoder")
+    assert_trains_as_one_process(nodes, target, plan_text(layout), tmp_path / "run")
+    [event] = events_of(Run(tmp_path / "run"), "layout")
+    assert not any("whole on every rank" in sentence for sentence in event["sentences"])
 
 
 @pytest.mark.parametrize(

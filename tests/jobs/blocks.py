@@ -88,6 +88,33 @@ def job(layers: int = 4, num_samples: int = 50) -> shoal.Job:
     )
 
 
+class Encoder(nn.Module):
+    """PyTorch's own encoder layers under a causal mask, over a vocabulary large enough to divide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(256, DIM)
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(DIM, HEADS, 4 * DIM, dropout=0.0, batch_first=True) for _ in range(2)
+        )
+        self.head = nn.Linear(DIM, 256, bias=False)
+        self.head.weight = self.embed.weight
+        self.double()
+
+    def forward(self, text: Tensor) -> Tensor:
+        """(batch, length) to (batch, length, vocabulary)."""
+        x = self.embed(text)
+        mask = nn.Transformer.generate_square_subsequent_mask(text.shape[1], dtype=x.dtype)
+        for layer in self.layers:
+            x = layer(x, src_mask=mask)
+        return self.head(x)
+
+
+def encoder() -> shoal.Job:
+    """Attention and embedding that PyTorch's styles alone cannot divide."""
+    return dataclasses.replace(job(), model=Encoder)
+
+
 class Untraceable(Model):
     """Looks at values on its way."""
 

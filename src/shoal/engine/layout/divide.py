@@ -128,6 +128,8 @@ class _Tensors:
     @classmethod
     def plan(cls, model: nn.Module, place: Place, task: Task) -> Self:
         """Find the modules, and see what they compute."""
+        # PyTorch's fast path of encoder layers passes over the modules inside, and knows no divided parameters.
+        torch.backends.mha.set_fastpath_enabled(False)
         own = given(model, task.rules)
         splits = own or find(model)
         args, kwargs = task.example()

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
+from shoal.engine.layout.tensor import attention
 from shoal.engine.layout.tensor.rules import LEAST_ROWS, Split
 from shoal.errors import JobError
 from shoal.strategy.layout.region import Region
@@ -116,6 +117,11 @@ def _obstacle(modules: Mapping[str, nn.Module], split: Split, size: int, *, choo
     """Why a split cannot be."""
     for name, how in split.modules.items():
         module = modules[name]
+        if how == "attention" and isinstance(module, nn.MultiheadAttention):
+            reason = attention.obstacle(module, size)
+            if reason is not None:
+                return f"{name} cannot: {reason}"
+            continue
         if not isinstance(module, nn.Embedding if how == "vocabulary" else nn.Linear):
             return f"{name} is a {type(module).__name__}"
         rows, columns = module.weight.shape
@@ -137,7 +143,8 @@ def _try(modules: Mapping[str, nn.Module], split: Split, call: Call | None, mesh
     owner = modules[split.owner]
     reason = None
     for heads in dict.fromkeys([split.heads, ()]):
-        kept = _keep([modules[name] for name in split.modules], owner, split.heads)
+        touched = [part for name in split.modules for part in modules[name].modules()]
+        kept = _keep(touched, owner, split.heads)
         reason = None
         try:
             _divide(modules, split, heads, mesh)
@@ -155,6 +162,9 @@ def _try(modules: Mapping[str, nn.Module], split: Split, call: Call | None, mesh
 def _divide(modules: Mapping[str, nn.Module], split: Split, heads: Sequence[str], mesh: DeviceMesh) -> None:
     for name, how in split.modules.items():
         module = modules[name]
+        if isinstance(module, nn.MultiheadAttention):
+            attention.divide(module, mesh)
+            continue
         if how == "fused":
             _shuffle(module, mesh.size(), split.fused)
         parallelize_module(module, mesh, _STYLES[how]())
@@ -183,6 +193,10 @@ def _regions(modules: Mapping[str, nn.Module], split: Split, mesh: DeviceMesh) -
     index, size = mesh.get_local_rank(), mesh.size()
     regions: dict[str, Region] = {}
     for name, how in split.modules.items():
+        module = modules[name]
+        if isinstance(module, nn.MultiheadAttention):
+            regions |= attention.regions(module, name, index, size)
+            continue
         for key, parameter in modules[name].named_parameters(recurse=False):
             whole = Region.whole(parameter.shape)
             if how == "fused":
@@ -211,6 +225,7 @@ def _keep(modules: Sequence[nn.Module], owner: nn.Module, heads: Sequence[str]) 
 
 def _put_back(kept: _Kept, owner: nn.Module) -> None:
     for module, state in kept:
+        module.__dict__.pop("forward", None)
         for key, value in state.items():
             if module is owner and not isinstance(value, dict):
                 setattr(owner, key, value)

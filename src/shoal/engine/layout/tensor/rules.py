@@ -15,11 +15,12 @@ from torch import nn
 
 from shoal.errors import JobError
 
-How = Literal["columns", "fused", "rows", "vocabulary", "head"]
+How = Literal["columns", "fused", "rows", "vocabulary", "head", "attention"]
 """How a module is divided.
 
 columns: a Linear's outputs; fused: the same for matrices stacked in one (query, key and value); rows: a Linear's
-inputs, and the outputs are summed; vocabulary: an Embedding's rows; head: a Linear's outputs, which are gathered again.
+inputs, and the outputs are summed; vocabulary: an Embedding's rows; head: a Linear's outputs, which are gathered
+again; attention: the heads of an nn.MultiheadAttention.
 """
 
 ATTENTION: Sequence[tuple[tuple[str, ...], tuple[str, ...]]] = (
@@ -93,7 +94,7 @@ def given(model: nn.Module, rules: Mapping[str, str]) -> list[Split]:
     Raises:
         JobError: a pattern fits no module, or names no way to divide it.
     """
-    ways = ("columns", "fused", "rows", "vocabulary", "head", "whole")
+    ways = ("columns", "fused", "rows", "vocabulary", "head", "attention", "whole")
     named = dict(model.named_modules())
     modules: dict[str, How] = {}
     for pattern, how in rules.items():
@@ -111,6 +112,9 @@ def given(model: nn.Module, rules: Mapping[str, str]) -> list[Split]:
 
 def _splits(prefix: str, name: str, module: nn.Module) -> Iterator[Split]:
     children = dict(module.named_children())
+    if isinstance(module, nn.MultiheadAttention):
+        yield Split(name, {name: "attention"})
+        return
     for first, last in ATTENTION:
         end = _only(children, last)
         if end is not None and all(isinstance(children.get(child), nn.Linear) for child in first):
