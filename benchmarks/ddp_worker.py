@@ -74,7 +74,10 @@ def stepper(job: Job, parts: build.Parts, plan: Plan, topology: Topology, system
     """A function that takes one step and returns this rank's loss."""
     wrapped = wrap(parts.model, system, topology)
     sharded = system in ("fsdp", "hsdp") and topology.world_size > 1
-    optimizer = job.optimizer(list(wrapped.parameters())) if sharded else parts.optimizer
+    optimizer, schedule = parts.optimizer, parts.schedule
+    if sharded:
+        optimizer = job.optimizer(list(wrapped.parameters()))
+        schedule = job.schedule(optimizer) if job.schedule else None
 
     def step(batch: Batch) -> float:
         [(_, samples)] = batch.micro_batches
@@ -85,8 +88,8 @@ def stepper(job: Job, parts: build.Parts, plan: Plan, topology: Topology, system
         if plan.compute.clip_norm is not None:
             nn.utils.clip_grad_norm_(parts.model.parameters(), plan.compute.clip_norm)
         optimizer.step()
-        if parts.schedule is not None:
-            parts.schedule.step()
+        if schedule is not None:
+            schedule.step()
         return loss.item()  # as Shoal's loop does: a loss that nobody reads cannot be checked
 
     return step

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from click.testing import CliRunner
 from test_layouts import BLOCKS, plan_text
 
-from command_line import shoal_command
+from shoal.cli.export import export
 from shoal.engine.checkpoint.export import export_model
 from shoal.errors import CheckpointError, RunError
 from shoal.job.target import resolve
@@ -32,8 +33,8 @@ def test_an_exported_model_loads_into_the_plain_one(layout: str, name: str, tmp_
 
 def test_the_command_names_what_it_wrote(tmp_path: Path) -> None:
     train_on(["a"], BLOCKS, plan_text("replicate = 1"), tmp_path / "run")
-    ended = shoal_command("export", str(tmp_path / "run"), "--json")
-    told = json.loads(ended.stdout.splitlines()[-1])
+    ended = CliRunner().invoke(export, [str(tmp_path / "run"), "--json"])
+    told = json.loads(ended.output.splitlines()[-1])
     assert told["path"] == str(tmp_path / "run" / "model.safetensors")
     assert told["num_values"] == sum(t.numel() for t in safetensors.torch.load_file(told["path"]).values())
 

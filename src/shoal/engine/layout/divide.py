@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
@@ -63,57 +62,90 @@ class Task:
 
 def divide(model: nn.Module, place: Place, task: Task) -> Divided:
     """Keep of a model, equal on every rank, what this rank holds. Collective."""
-    config = place.config
-    names = {id(p): name for name, p in model.named_parameters()}
-    whole = {name: Region.whole(p.shape) for name, p in model.named_parameters()}
-    tied_names = {name: names[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
-    modules = dict(model.named_modules())
-    buffers = persistent_buffers(model)
-    parts = list(blocks(model).values())
-    regions, copies = dict(whole), dict.fromkeys(whole, config.tensor)
+    config, whole = place.config, _Whole.of(model)
     tensors = _Tensors.plan(model, place, task) if config.tensor > 1 else None
     pipeline, tied = None, _NOTHING_TIED
     if config.pipeline > 1:
-        line, traced, model, tied = build_line(model, place, names, task.example(), bf16=task.bf16)
+        line, traced, model, tied = build_line(model, place, whole.names, task.example(), bf16=task.bf16)
         pipeline = (line, traced)
-        copies |= {name: copies[name] * len(ranks) for name, ranks in tied.items()}
-    inner = {key: names[id(p)] for key, p in model.named_parameters()}
-    inside = set(model.modules())
-    present = {name: module for name, module in modules.items() if module in inside or not name}
-    outcome = tensors.apply(present) if tensors else Outcome()
-    for name, region in outcome.regions.items():
-        if name in regions and not region.is_whole:  # not a tied parameter's second name, nor a bias behind the sum
-            regions[name], copies[name] = region, copies[name] // config.tensor
+    inner = {key: whole.names[id(p)] for key, p in model.named_parameters()}
+    present = set(model.modules())
+    outcome = tensors.apply(whole.modules, present) if tensors else Outcome()
+    regions, copies = whole.after(outcome, tied, config.tensor)
     if config.recompute:
-        recompute(part for part in parts if part in inside)
+        recompute(block for block in whole.blocks if block in present)
     usage = None
     if config.shard > 1:
-        _check_shardable(whole)
+        _check_shardable(whole.regions)
         for root in list(model.children()) if config.pipeline > 1 else [model]:
-            shard(root, parts, place.mesh["shard"], bf16=task.bf16, offload=config.offload)
-        index = place.index("shard")
-        regions = {name: region.of_rows(index, config.shard) for name, region in regions.items()}
+            shard(root, whole.blocks, place.mesh["shard"], bf16=task.bf16, offload=config.offload)
+        regions = {name: region.of_rows(place.index("shard"), config.shard) for name, region in regions.items()}
         usage = Usage(model, inner)
     _give_memory(model, place.device)
     found = {inner[key]: p for key, p in model.named_parameters()}
-    parameters = [_held(name, found[name], regions[name], copies[name]) for name in whole if name in found]
+    parameters = [_held(name, found[name], regions[name], copies[name]) for name in whole.regions if name in found]
     if task.deferred is not None:
         _fill(parameters, task.deferred)
     own_buffers = {id(buffer) for buffer in model.buffers()}
     replica = Replica(
         model,
         parameters,
-        buffers={name: buffer for name, buffer in buffers.items() if id(buffer) in own_buffers},
+        buffers={name: buffer for name, buffer in whole.buffers.items() if id(buffer) in own_buffers},
         group=place.group,
         peers=place.peers,
         speaks=place.index("tensor") == 0 and place.index("pipeline") == config.pipeline - 1,
         after_backward=sum_tied(place, parameters, tied) if config.pipeline > 1 else None,
-        order={name: index for index, name in enumerate(whole)},
+        order={name: index for index, name in enumerate(whole.regions)},
         usage=usage,
-        tied={name: first for name, first in tied_names.items() if name != first},
-        size=sum(math.prod(region.shape) for region in whole.values()),
+        tied=whole.tied,
+        size=sum(region.num_values for region in whole.regions.values()),
     )
     return Divided(replica, pipeline, outcome.whole)
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """What is known of a model before it is divided.
+
+    Attributes:
+        names: of its parameters, by identity; `tied`: second names of some, and the first.
+        regions: all of each parameter, in the model's order.
+    """
+
+    names: Mapping[int, str]
+    tied: Mapping[str, str]
+    regions: Mapping[str, Region]
+    modules: Mapping[str, nn.Module]
+    buffers: Mapping[str, Tensor]
+    blocks: Sequence[nn.Module]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Self:
+        """Look at a model."""
+        names = {id(p): name for name, p in model.named_parameters()}
+        every = {name: names[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+        return cls(
+            names=names,
+            tied={name: first for name, first in every.items() if name != first},
+            regions={name: Region.whole(p.shape) for name, p in model.named_parameters()},
+            modules=dict(model.named_modules()),
+            buffers=persistent_buffers(model),
+            blocks=list(blocks(model).values()),
+        )
+
+    def after(self, outcome: Outcome, tied: Tied, size: int) -> tuple[dict[str, Region], dict[str, int]]:
+        """What a rank holds of each parameter, and how many ranks of its replica hold the same, before sharding.
+
+        Args:
+            outcome: of dividing over the tensor axis, which has `size` ranks.
+            tied: what several stages of the pipeline hold.
+        """
+        regions = dict(self.regions)
+        copies = {name: size * len(tied.get(name, (0,))) for name in regions}
+        for name, region in outcome.regions.items():
+            if name in regions and not region.is_whole:  # not a tied parameter's second name, nor a bias behind the sum
+                regions[name], copies[name] = region, copies[name] // size
+        return regions, copies
 
 
 @dataclass(frozen=True)
@@ -138,9 +170,10 @@ class _Tensors:
         calls = record_calls(model, owners, lambda: model(*args, **kwargs)) if has_values else {}
         return cls(splits, calls, place.mesh["tensor"], strict=bool(own))
 
-    def apply(self, modules: Mapping[str, nn.Module]) -> Outcome:
-        """Divide those of the modules that this rank has. Collective over the tensor axis."""
-        return divide_tensors(modules, self.splits, self.calls, self.mesh, strict=self.strict)
+    def apply(self, modules: Mapping[str, nn.Module], present: Set[nn.Module]) -> Outcome:
+        """Divide those of the model's modules that this rank has. Collective over the tensor axis."""
+        here = {name: module for name, module in modules.items() if module in present or not name}
+        return divide_tensors(here, self.splits, self.calls, self.mesh, strict=self.strict)
 
 
 def _give_memory(model: nn.Module, device: torch.device) -> None:
