@@ -104,7 +104,7 @@ def test_awkward_parameters_train_sharded_as_in_one_process(
     ("nodes", "layout"),
     [
         ("aa", "shard = 2"),
-        ("aa", "shard = 2\nrecompute = true"),
+        ("aa", "shard = 2\nrecompute = true\nkeep_gathered = true"),
         ("aa", "pipeline = 2"),
         ("ab", "pipeline = 2\nschedule = 'gpipe'\nmicro_batches = 3"),
         ("aa", "pipeline = 2\nstages = 2\nschedule = 'interleaved'"),

@@ -90,6 +90,7 @@ def test_every_field_changes_the_hash() -> None:
             "stages": 2,
             "micro_batches": 3,
             "recompute": True,
+            "keep_gathered": True,
             "offload": True,
             "defer_above": 9,
         },

@@ -78,7 +78,7 @@ def divide(model: nn.Module, place: Place, task: Task) -> Divided:
     if config.shard > 1:
         _check_shardable(whole.regions)
         for root in list(model.children()) if config.pipeline > 1 else [model]:
-            shard(root, whole.blocks, place.mesh["shard"], bf16=task.bf16, offload=config.offload)
+            shard(root, whole.blocks, place.mesh["shard"], config, bf16=task.bf16)
         regions = {name: region.of_rows(place.index("shard"), config.shard) for name, region in regions.items()}
         usage = Usage(model, inner)
     _give_memory(model, place.device)

@@ -12,23 +12,27 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+from shoal.strategy.layout.config import LayoutConfig
+
 LARGEST_GATHER_BYTES = 96 * 1024 * 1024
 """A block with more is gathered in parts, so that a rank's memory is its share and little more."""
 
 
-def shard(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, *, bf16: bool, offload: bool) -> None:
+def shard(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, config: LayoutConfig, *, bf16: bool) -> None:
     """Divide the parameters of a model over `mesh`, block by block; large blocks module by module.
 
     Args:
         blocks: modules to gather one at a time; those that are not the model's are passed over.
         bf16: gather parameters as bfloat16 and sum gradients in float32; what is held stays as it is.
-        offload: hold parameters in the CPU's memory while the mesh's device computes.
+        config: of it `keep_gathered` and `offload`.
     """
     precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
-    place = CPUOffloadPolicy() if offload and mesh.device_type != "cpu" else OffloadPolicy()
+    place = CPUOffloadPolicy() if config.offload and mesh.device_type != "cpu" else OffloadPolicy()
     inside = set(model.modules())
     for part in [*_parts(block for block in blocks if block in inside and block is not model), model]:
-        fully_shard(part, mesh=mesh, mp_policy=precision, offload_policy=place)
+        # The outermost stays gathered in any case: backward begins where forward ended.
+        reshard = None if part is model else not config.keep_gathered
+        fully_shard(part, mesh=mesh, reshard_after_forward=reshard, mp_policy=precision, offload_policy=place)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Losses are divided by the global batch already: the sum over ranks is the gradient, whatever their shares.
