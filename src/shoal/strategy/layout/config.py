@@ -29,8 +29,8 @@ class LayoutConfig:
         stages: parts of the model on each rank of a pipeline; "interleaved" and "zero_bubble" need 2 or more.
         micro_batches: pieces into which a pipeline cuts a rank's samples; default: twice the number of stages.
         recompute: forget activations inside each block, and compute them again in backward.
-        keep_gathered: keep the parameters that forward gathered for backward: one gathering less, for the memory of whole
-            parameters while a step computes.
+        keep_gathered: keep what forward gathered for backward: one gathering less, for the memory of whole parameters
+            while a step computes.
         defer_above: a divided model's parameters with more numbers than this are never made whole but one at a time.
         offload: keep sharded parameters and the optimizer's state in the CPU's memory, for ranks that compute on a GPU.
     """
