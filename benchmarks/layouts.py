@@ -57,7 +57,7 @@ def train(system: str, task: Task, lab: str) -> Record:
 def hybrid(options: argparse.Namespace) -> None:
     """Throughput across slow links."""
     lab = options.lab or "nodes=2,ranks=2,link=100mbit"
-    systems = ["hybrid", "shard", "fsdp", "hsdp"]
+    systems = options.systems.split(",")
     rates: dict[str, list[float]] = {name: [] for name in systems}
     for number in range(options.rounds):
         for name in systems if number % 2 == 0 else systems[::-1]:
@@ -151,6 +151,7 @@ def main() -> None:
     parser.add_argument("--lab")
     parser.add_argument("--model", default="3M")
     parser.add_argument("--batch", type=int, default=8, help="sequences a step, over all ranks")
+    parser.add_argument("--systems", default="hybrid,shard,fsdp,hsdp", help="of the part hybrid")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--set", action="append", default=[])
