@@ -14,6 +14,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from shoal.strategy.layout.config import LayoutConfig
 
+SMALLEST_GATHER_BYTES = 32 * 1024 * 1024
+"""A model with less is gathered at once: waiting for each other costs more than it saves."""
 LARGEST_GATHER_BYTES = 96 * 1024 * 1024
 """A block with more is gathered in parts, so that a rank's memory is its share and little more."""
 
@@ -29,7 +31,8 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, confi
     precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
     place = CPUOffloadPolicy() if config.offload and mesh.device_type != "cpu" else OffloadPolicy()
     inside = set(model.modules())
-    for part in [*_parts(block for block in blocks if block in inside and block is not model), model]:
+    parts = [] if _size_bytes(model) < SMALLEST_GATHER_BYTES else [b for b in blocks if b in inside and b is not model]
+    for part in [*_parts(parts), model]:
         # The outermost stays gathered in any case: backward begins where forward ended.
         reshard = None if part is model else not config.keep_gathered
         fully_shard(part, mesh=mesh, reshard_after_forward=reshard, mp_policy=precision, offload_policy=place)
@@ -44,6 +47,10 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, confi
 def _parts(blocks: Iterable[nn.Module]) -> Iterator[nn.Module]:
     """Modules to gather one at a time, those inside others first."""
     for block in blocks:
-        if sum(p.numel() * p.element_size() for p in block.parameters()) > LARGEST_GATHER_BYTES:
+        if _size_bytes(block) > LARGEST_GATHER_BYTES:
             yield from _parts(child for child in block.children() if any(True for _ in child.parameters()))
         yield block
+
+
+def _size_bytes(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
