@@ -34,6 +34,8 @@ def test_every_rank_stands_in_one_place_and_in_one_group_of_each_kind(
         assert sorted(itertools.chain(*groups)) == list(range(world_size))
         assert {len(group) for group in groups} == {math.prod(grid.size(axis) for axis in axes)}
     assert {grid.feed(rank) for rank in range(world_size)} == set(range(grid.feeds))
+    for rank, other in itertools.combinations(range(world_size), 2):
+        assert (grid.dice(rank) == grid.dice(other)) == (other in grid.group(rank, "tensor"))
 
 
 def test_the_talkative_axes_lie_inside_nodes_even_if_ranks_are_numbered_across() -> None:

@@ -118,7 +118,7 @@ def build_parts(job: Job, plan: Plan, topology: Topology, grid: Grid, device: to
     optimizer = job.optimizer(parameters)
     _check_optimizer(optimizer, parameters, replica)
     schedule = job.schedule(optimizer) if job.schedule else None
-    random_state.seed_all(plan.seed, grid.feed(topology.rank) + 1)
+    random_state.seed_all(plan.seed, grid.dice(topology.rank) + 1)
     return Parts(replica, divided.pipeline, divided.left_whole, optimizer, schedule, loader, validation)
 
 

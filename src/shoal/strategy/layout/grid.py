@@ -61,6 +61,10 @@ class Grid:
         """Whose samples a rank takes: ranks of one tensor and pipeline group take the same, 0 <= feed < feeds."""
         return self.index(rank, "replicate") * self.size("shard") + self.index(rank, "shard")
 
+    def dice(self, rank: int) -> int:
+        """Whose random numbers a rank draws: the same on all ranks of a tensor group, different on any others."""
+        return self.feed(rank) + self.feeds * self.index(rank, "pipeline")
+
     @property
     def feeds(self) -> int:
         """Into how many parts a global batch is divided."""
