@@ -57,6 +57,12 @@ def test_the_plan_says_how_many_steps_and_what_is_sent(jobs: Path, tmp_path: Pat
     assert [part["times"] for part in found["exchanges"] if part["name"] == "agreement"] == [5]
 
 
+def test_a_divided_replica_has_no_price_yet(jobs: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.toml"
+    plan.write_text("[layout]\nshard = 2\n")
+    assert "lies over several ranks has no price yet" in str(ask(jobs, "--nodes", "2", "--plan", str(plan)).exception)
+
+
 def test_nodes_and_lab_must_agree(jobs: Path) -> None:
     refused = ask(jobs, "--nodes", "3", "--lab", "nodes=2")
     assert "--nodes is 3, but --lab describes 2 nodes" in str(refused.exception)

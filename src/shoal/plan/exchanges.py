@@ -66,6 +66,11 @@ def occasions(case: Case) -> Iterator[Occasion]:
         PlanError: what is exchanged depends on more than the plan.
     """
     kind = case.plan.sync.kind
+    if case.plan.layout.ranks_per_replica > 1:
+        raise PlanError(
+            "a replica that lies over several ranks has no price yet: what goes inside it is PyTorch's own; price the "
+            "plan with layout.replicate alone"
+        )
     if kind not in RUNS:
         raise PlanError(f"sync {kind} has no price yet; expected one of {', '.join(RUNS)}")
     for occasion in RUNS[kind](case):
