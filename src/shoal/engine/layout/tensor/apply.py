@@ -18,6 +18,7 @@ from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from shoal.engine.layout.tensor import attention
+from shoal.engine.layout.tensor.dice import draw_apart
 from shoal.engine.layout.tensor.rules import LEAST_ROWS, Split
 from shoal.errors import JobError
 from shoal.strategy.layout.region import Region
@@ -106,6 +107,8 @@ def divide_tensors(
             reason = _try(modules, split, calls.get(split.owner), mesh)
         if reason is None:
             outcome.regions |= _regions(modules, split, mesh)
+            for name in split.between:
+                draw_apart(modules[name], mesh.get_local_rank())
         elif strict:
             raise JobError(f"Job(tensor=...): {', '.join(split.modules)} cannot be divided: {reason}")
         else:

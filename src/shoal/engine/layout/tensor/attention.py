@@ -3,6 +3,7 @@ PyTorch's styles cannot divide it."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn import functional
 
+from shoal.engine.layout.tensor.dice import apart
 from shoal.strategy.layout.region import Region
 
 
@@ -81,14 +83,11 @@ def _forward(
     # (batch, length, heads here, dim of a head) -> (batch, heads here, length, dim of a head)
     queries, keys, values = (x.unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for x in projected)
     mask = _mask(module, attn_mask, key_padding_mask, query.shape[0], queries, mesh)
-    attended = functional.scaled_dot_product_attention(
-        queries,
-        keys,
-        values,
-        attn_mask=mask,
-        dropout_p=module.dropout if module.training else 0.0,
-        is_causal=is_causal and mask is None,
-    )
+    dropout = module.dropout if module.training else 0.0
+    with apart(mesh.get_local_rank(), query.device) if dropout else contextlib.nullcontext():
+        attended = functional.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, dropout_p=dropout, is_causal=is_causal and mask is None
+        )
     joined = DTensor.from_local(attended.transpose(1, 2).flatten(2), mesh, [Shard(-1)], run_check=False)
     partial: Any = functional.linear(joined, module.out_proj.weight, module.out_proj.bias)
     output = partial.redistribute(placements=[Replicate()]).to_local()

@@ -66,12 +66,14 @@ class Split:
         modules: of each, by its name, how.
         heads: attributes of the owner that count heads.
         fused: matrices stacked in a "fused" one.
+        between: names of dropouts whose inputs are divided.
     """
 
     owner: str
     modules: Mapping[str, How]
     heads: tuple[str, ...] = ()
     fused: int = 3
+    between: tuple[str, ...] = ()
 
 
 def find(model: nn.Module) -> list[Split]:
@@ -125,12 +127,17 @@ def _splits(prefix: str, name: str, module: nn.Module) -> Iterator[Split]:
     for first, last in FEED_FORWARD:
         end = _only(children, last)
         if end is not None and all(isinstance(children.get(child), nn.Linear) for child in first):
-            yield Split(name, {**dict.fromkeys((prefix + child for child in first), "columns"), prefix + end: "rows"})
+            inside = (f"{prefix}dropout",) if isinstance(module, nn.TransformerEncoderLayer) else ()
+            wide: dict[str, How] = dict.fromkeys((prefix + child for child in first), "columns")
+            yield Split(name, {**wide, prefix + end: "rows"}, between=inside)
             break
     if isinstance(module, nn.Sequential):
         linear = [child for child, part in children.items() if isinstance(part, nn.Linear)]
         if len(linear) == 2 and _elementwise_between(list(children.items()), linear):
-            yield Split(name, {prefix + linear[0]: "columns", prefix + linear[1]: "rows"})
+            names = list(children)
+            between = names[names.index(linear[0]) : names.index(linear[1])]
+            dropouts = tuple(prefix + child for child in between if "Dropout" in type(children[child]).__name__)
+            yield Split(name, {prefix + linear[0]: "columns", prefix + linear[1]: "rows"}, between=dropouts)
 
 
 def _vocabulary(model: nn.Module, named: Mapping[str, nn.Module], taken: set[str]) -> Iterator[Split]:
