@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -222,7 +221,7 @@ def test_a_refusing_disk_leaves_what_stood_before(tmp_path: Path, monkeypatch: p
                 with pytest.raises(CheckpointError, match="No space left on device"):
                     write(store, 6)
     with monkeypatch.context() as patch:
-        patch.setattr(safetensors.torch, "save_file", refuse)
+        patch.setattr(archive, "save_tensors", refuse)
         with pytest.raises(CheckpointError, match=r"step-00000007.*No space left.*free there; earlier checkpoints"):
             write(store, 7)
     assert steps(tmp_path) == [5]
@@ -334,7 +333,7 @@ def test_a_failure_is_logged_remembered_and_forgotten_after_a_success(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(safetensors.torch, "save_file", refuse)
+        patch.setattr(archive, "save_tensors", refuse)
         writer.begin(1, {"w": torch.ones(3)}, best=False, volatile=[], late=lambda: (None, []))
         writer.wait()
     assert writer.failed is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -52,7 +53,8 @@ def export_model(checkpoints: Path, target: Path, *, best: bool) -> Exported:
             archive.save_tensors(dict(model), temporary)
         os.replace(temporary, target)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise CheckpointError(f"could not write {target}: {error.strerror}; is there room and a right to?") from None
     count = sum(tensor.numel() for tensor in model.values())
     return Exported(str(target), chosen.path.name, chosen.step, len(model), count, target.stat().st_size)
