@@ -70,9 +70,10 @@ def environment(seat: Placement) -> dict[str, str]:
 def python_that_holds_a_lab(then: str) -> str:
     """A program that makes an unmeasured lab with a sleeping worker, prints its id and the worker's pid, goes on."""
     return f"""
-import subprocess, sys, time
+import signal, subprocess, sys, time
 from shoal.cluster.description import parse_lab
 from shoal.launch.lab import lab
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is born with it ignored
 lab.check = lambda *a: {{}}
 with lab.Lab(parse_lab("nodes=2,link=100mbit,cpu=0.2")) as it:
     command = [*it.seating().placements[1].prefix, "sh", "-c", "echo in; exec sleep 1000"]
