@@ -33,12 +33,13 @@ from shoal.job.target import resolve
 from shoal.plan import Plan, parse_plan
 from shoal.strategy.layout.grid import arrange
 from shoal.strategy.topology import Topology
-from shoal.wire.rendezvous import identity_from, join, leave, start_collectives
+from shoal.wire.groups import World
+from shoal.wire.rendezvous import connect, identity_from, join, leave, start_default_group
 
 CPU = torch.device("cpu")
 
 
-def validator(job: Job, parts: build.Parts, plan: Plan, topology: Topology) -> Validator:
+def validator(job: Job, parts: build.Parts, plan: Plan, topology: Topology, world: World) -> Validator:
     """Shoal's own: the same windows, divided alike."""
     assert parts.validation is not None
     return Validator(
@@ -50,6 +51,7 @@ def validator(job: Job, parts: build.Parts, plan: Plan, topology: Topology) -> V
         batch_size=-(-plan.batch.size // topology.world_size),
         limit=plan.validation.samples,
         collate=job.collate,
+        sum=world.sum,
     )
 
 
@@ -100,10 +102,10 @@ def interface_bytes() -> int:
     return int(Path(f"/sys/class/net/{os.environ['GLOO_SOCKET_IFNAME']}/statistics/tx_bytes").read_text())
 
 
-def train(job: Job, plan: Plan, topology: Topology, log: EventLog, system: str) -> None:
+def train(job: Job, plan: Plan, topology: Topology, world: World, log: EventLog, system: str) -> None:
     """Train for the plan's number of steps, and validate when it says so."""
-    parts = build.build_parts(job, plan, topology, arrange(plan.layout, topology.nodes), CPU)
-    validate = validator(job, parts, plan, topology) if plan.validation.every else None
+    parts = build.build_parts(job, plan, topology, arrange(plan.layout, topology.nodes), CPU, world)
+    validate = validator(job, parts, plan, topology, world) if plan.validation.every else None
     take_step = stepper(job, parts, plan, topology, system)
     size = topology.world_size
     gradient_bytes = sum(p.numel() * p.element_size() for p in parts.model.parameters() if p.requires_grad)
@@ -138,16 +140,17 @@ def main() -> None:
     plan = parse_plan(settings["plan"], origin="benchmark")
     identity = identity_from(os.environ)
     membership = join(identity, {})
-    start_collectives(membership, CPU)
+    world = connect(membership, CPU)
+    start_default_group(membership, CPU)
     topology = Topology(identity.rank, membership.nodes)
     build.set_threads(plan.compute, topology)
     job = resolve(settings["job"], settings["set"]).load()
     with EventLog(Path(settings["events"]) / f"rank-{identity.rank}.jsonl", f"rank-{identity.rank}") as log:
-        train(job, plan, topology, log, settings.get("system", "ddp"))
+        train(job, plan, topology, world, log, settings.get("system", "ddp"))
     if identity.rank == 0:
         print("{}")
     sys.stdout.flush()
-    leave(membership)
+    leave(membership, world)
     os._exit(0)
 
 

@@ -33,23 +33,24 @@ from shoal.job.target import resolve
 from shoal.plan import Plan, parse_plan, resolve_plan
 from shoal.strategy.layout.grid import arrange
 from shoal.strategy.topology import Topology
-from shoal.wire.rendezvous import Membership, identity_from, join, leave, start_collectives
+from shoal.wire.groups import World
+from shoal.wire.rendezvous import connect, identity_from, join, leave, start_default_group
 
 CPU = torch.device("cpu")
 Step = Callable[[], object]
 
 
-def shoal_step(target: str, settings: list[str], plan: Plan, topology: Topology, membership: Membership) -> Step:
+def shoal_step(target: str, settings: list[str], plan: Plan, topology: Topology, world: World) -> Step:
     """Shoal's own loop, event log included."""
     job = resolve(target, settings).load()
-    parts = build.build_parts(job, plan, topology, arrange(plan.layout, topology.nodes), CPU)
+    parts = build.build_parts(job, plan, topology, arrange(plan.layout, topology.nodes), CPU, world)
     forward = Forward(parts.model, job.loss, CPU, plan.compute.precision)
     folder = Path(tempfile.mkdtemp(prefix="shoal-benchmark-"))
     log = EventLog(folder / "events.jsonl", f"rank-{topology.rank}")
     size = topology.world_size
-    exchange = build.build_exchange(plan, parts, topology, arrange(plan.layout, topology.nodes), membership, CPU, log)
+    exchange = build.build_exchange(parts, build.connect_lanes(plan, topology, world, CPU), log)
     archive = Archive(folder, keep=1, keep_best=False)
-    checkpoints = CheckpointSession(membership.store, topology.rank, size, archive, log, CPU)
+    checkpoints = CheckpointSession(world, archive, log, CPU)
     crew = Crew(
         parts=parts,
         computation=Direct(forward, parts.replica),
@@ -116,7 +117,8 @@ def main() -> None:
     settings: dict[str, Any] = json.loads(sys.argv[1])
     identity = identity_from(os.environ)
     membership = join(identity, {})
-    start_collectives(membership, CPU)
+    world = connect(membership, CPU)
+    start_default_group(membership, CPU)
     topology = Topology(identity.rank, membership.nodes)
     plan = parse_plan(settings["plan"], origin="benchmark")
     plan = dataclasses.replace(
@@ -129,7 +131,7 @@ def main() -> None:
             codec = name.partition("-")[2] or "none"
             coded = resolve_plan(parse_plan(f'codec.kind = "{codec}"', origin="benchmark"), topology.world_size)
             this = dataclasses.replace(resolve_plan(plan, topology.world_size), codec=coded.codec)
-            steps[name] = shoal_step(target, arguments, this, topology, membership)
+            steps[name] = shoal_step(target, arguments, this, topology, world)
         else:
             this = resolve_plan(plan, topology.world_size)
             steps[name] = plain_step(target, arguments, this, topology, wrap=name == "ddp")
@@ -143,7 +145,7 @@ def main() -> None:
     if identity.rank == 0:
         print(json.dumps(rounds))
     sys.stdout.flush()
-    leave(membership)
+    leave(membership, world)
     os._exit(0)
 
 

@@ -6,6 +6,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -208,9 +209,18 @@ DAMAGES = [
 ]  # fmt: skip
 
 
+@dataclass
+class Alone:
+    """The only rank."""
+
+    store: dist.Store
+    rank: int = 0
+    size: int = 1
+
+
 def session(run: Run, log: EventLog) -> CheckpointSession:
     archive = Archive(run.checkpoints, keep=3, keep_best=True)
-    return CheckpointSession(dist.HashStore(), 0, 1, archive, log, torch.device("cpu"))
+    return CheckpointSession(Alone(dist.HashStore()), archive, log, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from shoal.errors import PeerLostError
-from shoal.wire.collectives import failures_as_lost_peers
+from shoal.wire.groups import failures_as_lost_peers
 
 WORLD_SIZE = 3
 WORKER = """
@@ -19,16 +19,17 @@ import json, os, sys, time
 import torch
 from shoal.errors import PeerLostError
 from shoal.ops import WORLD, AllGather, AllReduce, AllToAll, Barrier, Broadcast
-from shoal.wire.collectives import TorchTransport, sum_over_world
-from shoal.wire.rendezvous import identity_from, join, start_collectives
+from shoal.wire.collectives import TorchTransport
+from shoal.wire.rendezvous import connect, identity_from, join
 from shoal.wire.traffic import Traffic
 
 membership = join(identity_from(os.environ), {}, timeout_s=60.0)
 cpu, rank = torch.device("cpu"), membership.identity.rank
-start_collectives(membership, cpu)
-everybody = TorchTransport([0, 1, 2], rank, cpu)
-outer = TorchTransport([0, 2], rank, cpu)
-alone = [TorchTransport([member], rank, cpu) for member in range(3)][rank]
+world = connect(membership, cpu)
+everybody = TorchTransport(world.group("lane", [0, 1, 2]), cpu)
+if rank != 1:
+    outer = TorchTransport(world.group("lane", [0, 2]), cpu)
+alone = TorchTransport(world.group("lane", [rank]), cpu)
 seen = {}
 
 def note(name, transport, op, value):
@@ -62,7 +63,7 @@ note("barrier", everybody, Barrier(WORLD), lambda _: torch.zeros(0))
 memory = everybody.allocate(11, torch.float64)
 same = memory.source is memory.target and not memory.source.any() and memory.portion == slice(0, 11)
 seen["memory"] = [same, 0]
-seen["sum over world"] = [sum_over_world([rank + 0.5, 2.0**60, 0.1]), 0]
+seen["sum over world"] = [world.sum([rank + 0.5, 2.0**60, 0.1]), 0]
 print(json.dumps(seen), flush=True)
 if rank == 1:
     os._exit(0)

@@ -141,14 +141,14 @@ def test_a_variable_that_is_no_number_is_refused(name: str, value: str) -> None:
 
 WORKER = """
 import os, sys, torch
-from shoal.wire.rendezvous import identity_from, join, leave, start_collectives
+from shoal.wire.rendezvous import connect, identity_from, join, leave, start_default_group
 membership = join(identity_from(os.environ), {}, timeout_s=60.0)
-start_collectives(membership, torch.device("cpu"))
+world = connect(membership, torch.device("cpu"))
+start_default_group(membership, torch.device("cpu"))
 total = torch.ones(3)
 torch.distributed.all_reduce(total)
 assert total.tolist() == [2.0] * 3
-leave(membership)
-leave(membership)
+leave(membership, world)
 print("left", flush=True)
 os._exit(0)
 """

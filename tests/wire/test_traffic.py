@@ -38,7 +38,7 @@ import torch
 from shoal.engine.exchange.communicator import perform
 from shoal.ops import WORLD, Barrier
 from shoal.wire.collectives import TorchTransport
-from shoal.wire.rendezvous import identity_from, join, start_collectives
+from shoal.wire.rendezvous import connect, identity_from, join
 from shoal.wire.traffic import Traffic
 
 sys.path.insert(0, os.environ["TESTS"])
@@ -46,8 +46,8 @@ from test_traffic import EXCHANGES, PLANS, sync_and_bucket
 
 membership = join(identity_from(os.environ), {}, timeout_s=60.0)
 cpu, rank = torch.device("cpu"), membership.identity.rank
-start_collectives(membership, cpu)
-transport = TorchTransport([0, 1, 2], rank, cpu)
+world = connect(membership, cpu)
+transport = TorchTransport(world.group("lane", [0, 1, 2]), cpu)
 seen = {}
 for name, plan in PLANS.items():
     transport.traffic = Traffic()

@@ -66,6 +66,7 @@ class Batch:
         micro_batches: (number of samples, collated samples). Empty ones are left out, unless another rank of the same
             replica has more: then they count 0 and hold a sample that is another rank's.
         replica_share: samples of this rank's replica.
+        first: the global batch's first position in the epoch's order; it takes `size` of them.
         after: where the next batch stands.
     """
 
@@ -74,6 +75,7 @@ class Batch:
     micro_batches: list[tuple[int, Any]]
     after: Cursor
     replica_share: int
+    first: int = 0
 
     @property
     def share(self) -> int:
@@ -113,6 +115,10 @@ class Loader:
         for cursor in self._cursors(start):
             pieces = [(count, next(feed)) for count, _ in self._turns(cursor, self._rank)]
             yield self._batch(cursor, self._rank, pieces)
+
+    def divided(self, rank: int, shares: tuple[float, ...]) -> Loader:
+        """The same data, divided otherwise: this is rank `rank` of as many as there are `shares`."""
+        return Loader(self._dataset, dataclasses.replace(self._config, shares=shares), rank, self._collate)
 
     def part(self, cursor: Cursor, slot: int) -> Batch:
         """The part of one global batch that is rank `slot`'s by its share, fetched here and now by whoever asks."""
@@ -159,7 +165,8 @@ class Loader:
         size = self._batch_size(cursor)
         mine = spans(size, self._config.shares)
         total = sum(len(mine[peer]) for peer in self._replica(slot))
-        return Batch(cursor, size, pieces, self._next(cursor), total)
+        first = cursor.step * self._config.batch_size
+        return Batch(cursor, size, pieces, self._next(cursor), total, first)
 
     def _cursors(self, start: Cursor) -> Iterator[Cursor]:
         cursor = self._wrap(start)

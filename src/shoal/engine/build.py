@@ -31,9 +31,10 @@ from shoal.job.job import Job
 from shoal.job.sparse_table import sparse_tables
 from shoal.plan.parts import build_coder, build_sync
 from shoal.plan.schema import ComputeConfig, Plan
-from shoal.strategy.layout.grid import Grid, replicas
+from shoal.strategy.layout.grid import Grid, arrange, replicas
 from shoal.strategy.topology import Topology
-from shoal.wire.rendezvous import Membership
+from shoal.wire.groups import World
+from shoal.wire.transport import Transport
 
 _WHOLE_MATRICES = ("Adafactor", "LBFGS", "Muon")
 """Optimizers of torch.optim whose step on a value depends on others of its matrix."""
@@ -60,6 +61,23 @@ class Parts:
     def model(self) -> nn.Module:
         """What this rank computes."""
         return self.replica.model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Connected:
+    """One rank among the others, with connections to them.
+
+    Attributes:
+        plan: resolved for so many ranks.
+        lanes: for each lane its transports by group.
+    """
+
+    plan: Plan
+    topology: Topology
+    grid: Grid
+    world: World
+    lanes: list[dict[str, Transport]]
+    device: torch.device
 
 
 def choose_device(config: ComputeConfig, topology: Topology) -> torch.device:
@@ -91,8 +109,13 @@ def set_threads(config: ComputeConfig, topology: Topology) -> None:
         torch.set_num_threads(max(1, cores // len(topology.local_ranks)))
 
 
-def build_parts(job: Job, plan: Plan, topology: Topology, grid: Grid, device: torch.device) -> Parts:
-    """Call the job's factories, all ranks from the same seed, and check what they make. Collective.
+def build_parts(
+    job: Job, plan: Plan, topology: Topology, grid: Grid, device: torch.device, world: World | None
+) -> Parts:
+    """Call the job's factories, all ranks from the same seed, and check what they make.
+
+    Args:
+        world: over which the models are made equal, collectively; None leaves that to whoever calls.
 
     Raises:
         JobError: a part is not what it should be; the message names it.
@@ -105,7 +128,8 @@ def build_parts(job: Job, plan: Plan, topology: Topology, grid: Grid, device: to
     model, deferred = build(job.model, plan.layout.defer_above) if divides else (job.model(), None)
     model = _prepared(model, device)
     _check_tables(model, plan)
-    make_equal(model, salt=deferred.digest() if deferred else "")
+    if world is not None:
+        make_equal(model, world.everybody, salt=deferred.digest() if deferred else "")
     task = Task(
         example=lambda: _example(job, loader),
         rules=job.tensor,
@@ -135,31 +159,38 @@ def _example(job: Job, loader: Loader) -> Call:
     return call_of(job.loss, samples)
 
 
-def build_exchange(
-    plan: Plan, parts: Parts, world: Topology, grid: Grid, membership: Membership, device: torch.device, log: EventLog
-) -> ReplicaExchange:
+def connect_lanes(plan: Plan, topology: Topology, world: World, device: torch.device) -> Connected:
     """Connect this rank to the same part of the other replicas as the plan's sync needs it. Collective."""
-    topology = replicas(grid, world)
+    grid = arrange(plan.layout, topology.nodes)
+    sync = build_sync(plan, replicas(grid, topology), None)
+    made = Lanes(topology, grid, world, device)
+    lanes = [made.build(lane, sync.groups) for lane in range(sync.num_lanes(device.type))]
+    return Connected(plan=plan, topology=topology, grid=grid, world=world, lanes=lanes, device=device)
+
+
+def build_exchange(parts: Parts, connected: Connected, log: EventLog) -> ReplicaExchange:
+    """Let this rank take part in the plan's sync. Collective."""
+    plan = connected.plan
+    topology = replicas(connected.grid, connected.topology)
     coder = build_coder(plan, topology)
     sync = build_sync(plan, topology, coder)
-    lanes = Lanes(world, grid, membership.store, device)
     wiring = Wiring(
         replica=parts.replica,
         optimizer=parts.optimizer,
-        lanes=[lanes.build(lane, sync.groups) for lane in range(sync.num_lanes(device.type))],
+        lanes=connected.lanes,
         topology=topology,
-        world=world,
-        device=device,
-        store=membership.store,
+        topology_of_all=connected.topology,
+        world=connected.world,
+        device=connected.device,
         log=log,
     )
     return EXCHANGES[plan.sync.kind](wiring, sync, coder)
 
 
-def no_effect(plan: Plan, world: Topology, grid: Grid, parts: Parts, job: Job) -> list[str]:
+def no_effect(connected: Connected, parts: Parts, job: Job) -> list[str]:
     """Settings of the plan or job that change nothing here: one sentence each."""
     idle: list[str] = []
-    topology = replicas(grid, world)
+    plan, topology = connected.plan, replicas(connected.grid, connected.topology)
     sync = build_sync(plan, topology, None)
     if plan.codec.kind != "none" and not sync.crosses_network:
         idle.append(

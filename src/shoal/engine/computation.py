@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Protocol
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from shoal.data.loader import Batch
 from shoal.engine.exchange import ReplicaExchange
+from shoal.engine.exchange.agreement import Ballot
 from shoal.engine.forward import Forward
 from shoal.engine.layout.replica import Replica
 
@@ -17,7 +19,7 @@ from shoal.engine.layout.replica import Replica
 class Computation(Protocol):
     """Computes gradients."""
 
-    def backward(self, batch: Batch, exchange: ReplicaExchange, wants_to_stop: Callable[[], bool]) -> None:
+    def backward(self, batch: Batch, exchange: ReplicaExchange, ballot: Callable[[], Ballot]) -> None:
         """Accumulate the gradient of this rank's samples, and start to exchange it."""
 
 
@@ -28,7 +30,7 @@ class Direct:
         self._forward = forward
         self._replica = replica
 
-    def backward(self, batch: Batch, exchange: ReplicaExchange, wants_to_stop: Callable[[], bool]) -> None:
+    def backward(self, batch: Batch, exchange: ReplicaExchange, ballot: Callable[[], Ballot]) -> None:
         """One micro-batch after the other; buckets leave during the last one's backward."""
         total = torch.zeros(())
         denominator = exchange.denominator(batch)
@@ -38,15 +40,15 @@ class Direct:
             part = loss * (count / denominator)
             total = total.to(part.device) + part.detach()
             if index == last:
-                self._announce(total, exchange, stop=wants_to_stop())
+                self._announce(total, exchange, ballot())
             else:
                 exchange.before_backward()
             if part.requires_grad:  # samples that touch no trainable parameter add nothing; another rank's may
                 part.backward()
         if not batch.micro_batches:
-            self._announce(total, exchange, stop=wants_to_stop())
+            self._announce(total, exchange, ballot())
         self._replica.finish_backward()
 
-    def _announce(self, total: Tensor, exchange: ReplicaExchange, *, stop: bool) -> None:
-        total, stop = self._replica.agree(total, stop=stop)
-        exchange.before_last_backward(total, stop=stop)
+    def _announce(self, total: Tensor, exchange: ReplicaExchange, ballot: Ballot) -> None:
+        total, stop = self._replica.agree(total, stop=ballot.stop)
+        exchange.before_last_backward(total, dataclasses.replace(ballot, stop=stop))

@@ -11,24 +11,31 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch.distributed as dist
+from torch import Tensor
+
 from shoal.data.loader import Batch
 from shoal.engine.build import Parts
 from shoal.engine.checkpoint.pieces import KEY, fits_twice, pieces_of
 from shoal.engine.checkpoint.session import CheckpointSession
 from shoal.engine.computation import Computation
-from shoal.engine.control import StopRequest
 from shoal.engine.exchange import ReplicaExchange
-from shoal.engine.exchange.agreement import Verdict
+from shoal.engine.exchange.agreement import Ballot, Verdict
 from shoal.engine.exchange.base import copied
 from shoal.engine.layout.optimizer_state import load_named, named_state
 from shoal.engine.pace import InStep, OwnPace
 from shoal.engine.progress import Progress
-from shoal.engine.replicas import BufferAverage
+from shoal.engine.replicas import BufferAverage, UndoneBuffers
 from shoal.engine.stopping import StopRule
+from shoal.engine.turnover import Turnover
 from shoal.engine.validation import Validator
 from shoal.errors import NonFiniteLossError
 from shoal.events import EventLog
+from shoal.wire.groups import World
 from shoal.wire.traffic import Traffic
+
+TURN = "turn"
+"""The reason to leave the loop for the next view."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +46,7 @@ class LoopConfig:
         weight: this rank's part of every batch; all ranks' sum to 1.
         validate_every, checkpoint_every: periods in steps; 0: never.
         layout: the sizes of the axes.
+        survives: a step may fail and be taken again.
         writes_pieces: of the ranks that hold the same values, this one writes them into checkpoints.
     """
 
@@ -50,6 +58,7 @@ class LoopConfig:
     keep_best: bool
     writes_pieces: bool
     layout: Mapping[str, int]
+    survives: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +72,8 @@ class Crew:
     validator: Validator | None
     pace: InStep | OwnPace
     stop_rule: StopRule
-    stop_request: StopRequest
+    turnover: Turnover
+    world: World
     log: EventLog
 
 
@@ -73,7 +83,9 @@ class Loop:
     def __init__(self, config: LoopConfig, crew: Crew, progress: Progress) -> None:
         self._config = config
         self._crew = crew
-        self._average_buffers = BufferAverage(crew.parts.model, config.weight, crew.parts.replica.peers)
+        self._average_buffers = BufferAverage(crew.parts.model, config.weight, self._sum_buffer)
+        self._buffers = UndoneBuffers(crew.parts.model) if config.survives else None
+        self._busy_s = 0.0
         self._clock = _Clock(progress.seconds)
         self._free_at = time.perf_counter()
         self.progress = progress
@@ -81,17 +93,21 @@ class Loop:
     def run(self) -> str:
         """Train until a limit is met; validate and save the end; return the reason to stop.
 
+        Returns TURN, with nothing of that, when all ranks are ready for the next view.
+
         Raises:
             NonFiniteLossError: a loss became NaN or infinite; that step was not applied.
             PeerLostError: another rank vanished.
         """
-        reason = self._crew.stop_rule.before_step(self.progress)
+        reason = self._overdue() or self._crew.stop_rule.before_step(self.progress)
         self._free_at = time.perf_counter()
         while reason is None:
-            stop = self._crew.pace.round(self)
-            reason = self._after_step(stop) or self._crew.stop_rule.before_step(self.progress)
+            verdict = self._crew.pace.round(self)
+            reason = self._after_step(verdict) or self._crew.stop_rule.before_step(self.progress)
+            reason = reason or (TURN if verdict.turn else None)
             self._free_at = time.perf_counter()
-        self._finish()
+        if reason != TURN:
+            self._finish()
         return reason
 
     @property
@@ -119,14 +135,27 @@ class Loop:
         self._crew.checkpoints.close()
         self._crew.exchange.close()
 
-    def take(self, batch: Batch, reached: Progress, clock: int) -> bool:
-        """One step: train on `batch`, which leads to `reached`; return whether the ranks agreed to stop.
+    def leave_view(self) -> None:
+        """Let go of this view's connections; parts, progress and checkpoints go on in another loop."""
+        self._crew.checkpoints.leave()
+        self._crew.exchange.close()
+        self._crew.parts.replica.clear_gradients()
+
+    def drop_step(self) -> None:
+        """The step at hand did not commit: nothing of it stays."""
+        if self._buffers is not None:
+            self._buffers.undo()
+
+    def take(self, batch: Batch, reached: Progress, clock: int) -> Verdict:
+        """One step: train on `batch`, which leads to `reached`; return what the ranks agreed on.
 
         `clock` is the number of the global batch that this is a part of.
         """
         crew, started, loaded = self._crew, self._free_at, time.perf_counter()
+        if self._buffers is not None:
+            self._buffers.begin()
         crew.exchange.begin(batch, clock)
-        crew.computation.backward(batch, crew.exchange, self.wants_to_stop)
+        crew.computation.backward(batch, crew.exchange, self._ballot)
         computed = time.perf_counter()
         verdict = crew.exchange.finish()
         self._check_finite(verdict)
@@ -138,10 +167,15 @@ class Loop:
         ended = time.perf_counter()
         samples = reached.samples - self.progress.samples
         self.progress = dataclasses.replace(reached, seconds=self._clock.seconds(), loss=verdict.loss)
+        if self._buffers is not None:
+            self._buffers.commit()
+        self._busy_s = computed - started
+        crew.turnover.committed(self.progress.step)
         crew.log.write(
             "step",
             step=self.progress.step,
             epoch=batch.cursor.epoch,
+            first=batch.first,
             loss=verdict.loss,
             lr=float(rate),
             samples=samples,
@@ -154,7 +188,7 @@ class Loop:
             bytes_sent=self._clock.lap_bytes(crew.exchange.bytes_sent),
         )
         self._free_at = time.perf_counter()
-        return verdict.stop
+        return verdict
 
     def _update(self) -> None:
         parts = self._crew.parts
@@ -180,16 +214,30 @@ class Loop:
 
     def wants_to_stop(self) -> bool:
         timed_out = self._config.rank == 0 and self._crew.stop_rule.out_of_time(self._clock.seconds())
-        return timed_out or bool(self._crew.stop_request)
+        return timed_out or bool(self._crew.turnover.stop)
 
-    def _after_step(self, stop: bool) -> str | None:
+    def _ballot(self) -> Ballot:
+        return Ballot(stop=self.wants_to_stop(), turn=self._crew.turnover.is_ready(), seconds=self._busy_s)
+
+    def _sum_buffer(self, buffer: Tensor) -> None:
+        peers = self._crew.parts.replica.peers
+        if peers is None:
+            self._crew.world.everybody.all_reduce(buffer)
+        else:
+            dist.all_reduce(buffer, group=peers)
+
+    def _overdue(self) -> str | None:
+        """What was due after the last step of a view that ended before it was done."""
+        return self._after_step(Verdict(self.progress.loss, [], stop=False)) if self.progress.step else None
+
+    def _after_step(self, verdict: Verdict) -> str | None:
         """Validate and save if it is due."""
-        reason, best = None, False
-        if _due(self.progress.step, self._config.validate_every):
+        step, reason, best = self.progress.step, None, False
+        if _due(step, self._config.validate_every) and self.progress.validated_step != step:
             reason, best = self._validate()
-        if best or _due(self.progress.step, self._config.checkpoint_every):
+        if best or (_due(step, self._config.checkpoint_every) and self._crew.checkpoints.saved_step != step):
             self._save(best=best)
-        if stop and reason is None:
+        if verdict.stop and reason is None:
             reason = "seconds" if self._crew.stop_rule.out_of_time(self.progress.seconds) else "interrupted"
         return reason
 

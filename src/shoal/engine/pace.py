@@ -9,15 +9,15 @@ end, and the end.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch.distributed import Store
 
 from shoal.data.loader import Batch, Loader
+from shoal.engine.exchange.agreement import Verdict
 from shoal.engine.progress import Progress
-from shoal.wire.collectives import sum_over_world
 
 _ENDED = 1 << 40
 
@@ -69,8 +69,8 @@ class Steps(Protocol):
 
     progress: Progress
 
-    def take(self, batch: Batch, reached: Progress, clock: int) -> bool:
-        """Train one step; return whether the ranks agreed to stop."""
+    def take(self, batch: Batch, reached: Progress, clock: int) -> Verdict:
+        """Train one step; return what the ranks agreed on."""
 
     def wants_to_stop(self) -> bool:
         """Whether this rank asks to stop."""
@@ -85,7 +85,7 @@ class InStep:
     def __init__(self, loader: Loader, start: Progress) -> None:
         self._batches: Iterator[Batch] = loader.batches(start.cursor)
 
-    def round(self, loop: Steps) -> bool:
+    def round(self, loop: Steps) -> Verdict:
         """One step."""
         batch, before = next(self._batches), loop.progress
         reached = dataclasses.replace(
@@ -100,18 +100,20 @@ class OwnPace:
 
     Attributes:
         store: shared by all ranks, and used by nobody else in this process.
+        sum: adds numbers up over all ranks.
         periods: the numbers of steps after whose multiples the ranks meet; 0s are passed over.
         last_step: the step at which training ends, if the plan says so.
     """
 
     store: Store
+    sum: Callable[[list[float]], list[float]]
     loader: Loader
     world_size: int
     periods: tuple[int, ...]
     last_step: int | None
 
-    def round(self, loop: Steps) -> bool:
-        """All steps until the next meeting; returns whether somebody ended it early."""
+    def round(self, loop: Steps) -> Verdict:
+        """All steps until the next meeting; its verdict says whether somebody ended it early."""
         start = loop.progress
         limit = self._next_meeting(start) - start.step
         leases = Leases(self.store, f"leases/{start.step}", limit * self.world_size, self.world_size)
@@ -129,13 +131,13 @@ class OwnPace:
                 wished = True
                 leases.end()
         loop.settle()
-        stop = sum_over_world([float(wished)])[0] > 0
+        stop = self.sum([float(wished)])[0] > 0
         steps = min(limit, leases.limit // self.world_size) if stop else limit
         cursor, samples = self.loader.after(start.cursor, steps)
         loop.progress = dataclasses.replace(
             loop.progress, step=start.step + steps, cursor=cursor, samples=start.samples + samples
         )
-        return stop
+        return Verdict(loop.progress.loss, [], stop)
 
     def _next_meeting(self, start: Progress) -> int:
         step = start.step

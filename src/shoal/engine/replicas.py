@@ -1,21 +1,21 @@
 """Replicas start equal and stay equal: the initial parameters, and buffers that each rank changes by itself.
 
-Runs on the main thread over torch.distributed's default group, while the communication thread is idle.
+Runs on the main thread, while the communication threads are idle.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from shoal.errors import JobError
-from shoal.wire.collectives import failures_as_lost_peers
+from shoal.wire.groups import Group, failures_as_lost_peers
 
 
-def make_equal(model: nn.Module, *, salt: str = "") -> bool:
+def make_equal(model: nn.Module, group: Group, *, salt: str = "") -> bool:
     """Give every rank rank 0's parameters and buffers, if they are not equal already; return whether they were.
 
     Models built from one seed usually are equal, and then only a checksum is sent. What has no values yet is passed
@@ -31,24 +31,24 @@ def make_equal(model: nn.Module, *, salt: str = "") -> bool:
     own = torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
     first = own.clone()
     with failures_as_lost_peers("comparing models"):
-        dist.broadcast(first, src=0)
+        group.broadcast(first, 0)
         differs = torch.tensor([float(not torch.equal(own, first))])
-        dist.all_reduce(differs)
-        _check_salt(salt)
+        group.all_reduce(differs)
+        _check_salt(salt, group)
         if differs.item() > 0:
             for tensor in tensors:
-                dist.broadcast(tensor.detach(), src=0)
+                group.broadcast(tensor.detach(), 0)
     return differs.item() == 0
 
 
-def _check_salt(salt: str) -> None:
+def _check_salt(salt: str, group: Group) -> None:
     if not salt:
         return
     own = torch.frombuffer(bytearray(salt.encode()), dtype=torch.uint8)
     first = own.clone()
-    dist.broadcast(first, src=0)
+    group.broadcast(first, 0)
     differs = torch.tensor([float(not torch.equal(own, first))])
-    dist.all_reduce(differs)
+    group.all_reduce(differs)
     if differs.item() > 0:
         raise JobError(
             "the ranks' models differ in large parameters: the job's model function draws other numbers, or builds "
@@ -59,9 +59,9 @@ def _check_salt(salt: str) -> None:
 class BufferAverage:
     """Averages buffers that training changes (batch norm's running statistics) when they are about to be looked at."""
 
-    def __init__(self, model: nn.Module, weight: float, group: dist.ProcessGroup | None = None) -> None:
-        """`weight`: this rank's part of every batch; over `group` (default: all ranks) the weights sum to 1."""
-        self._group = group
+    def __init__(self, model: nn.Module, weight: float, all_reduce: Callable[[Tensor], None]) -> None:
+        """`weight`: this rank's part of every batch; over the ranks that `all_reduce` sums, the weights sum to 1."""
+        self._all_reduce = all_reduce
         self._weight = weight
         self._buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
         self._versions = [buffer._version for buffer in self._buffers]
@@ -73,8 +73,34 @@ class BufferAverage:
         pairs = zip(self._buffers, self._versions, strict=True)
         changed = torch.tensor([float(buffer._version != version) for buffer, version in pairs])
         with failures_as_lost_peers("averaging buffers"):
-            dist.all_reduce(changed, group=self._group)
+            self._all_reduce(changed)
             for buffer, count in zip(self._buffers, changed.tolist(), strict=True):
                 if count > 0:
-                    dist.all_reduce(buffer.mul_(self._weight), group=self._group)
+                    self._all_reduce(buffer.mul_(self._weight))
         self._versions = [buffer._version for buffer in self._buffers]
+
+
+class UndoneBuffers:
+    """Puts back what a step that did not commit has changed in a model's buffers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._volatile = list(model.buffers())  # all, until a step has shown which it changes
+        self._versions = [buffer._version for buffer in self._volatile]
+        self._before: list[Tensor] = []
+
+    def begin(self) -> None:
+        """A step begins."""
+        self._before = [buffer.clone() for buffer in self._volatile]
+        self._versions = [buffer._version for buffer in self._volatile]
+
+    def commit(self) -> None:
+        """The step counts. What it left alone (a mask, say) is taken for constant."""
+        pairs = zip(self._volatile, self._versions, strict=True)
+        self._volatile = [buffer for buffer, version in pairs if buffer._version != version]
+        self._before = []
+
+    def undo(self) -> None:
+        """The step never happened."""
+        for buffer, before in zip(self._volatile, self._before, strict=False):
+            buffer.copy_(before)
+        self._before = []

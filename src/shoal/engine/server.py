@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from shoal.engine import control
-from shoal.engine.worker import target_of_run
+from shoal.engine.start import target_of_run
 from shoal.errors import RendezvousError, ShoalError, user_traceback
 from shoal.events import EventLog
 from shoal.job.job import Job

@@ -23,20 +23,21 @@ from shoal.run import Run
 from shoal.strategy.layout.bubble import bubble
 from shoal.strategy.layout.grid import arrange, explain
 from shoal.strategy.topology import Topology
-from shoal.wire.rendezvous import Membership
+from shoal.wire.groups import World
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a rank knows once all have met."""
+    """What a rank knows once all have met; `seat` names it for as long as it lives, whatever its rank."""
 
     run: Run
     plan: Plan
     target: Target
-    membership: Membership
+    world: World
     topology: Topology
     device: torch.device
     log: EventLog
+    seat: int
 
 
 def announce(context: Context, loop: Loop) -> None:

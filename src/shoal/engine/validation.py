@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,6 @@ from shoal.data.partition import spans
 from shoal.engine.forward import Forward
 from shoal.errors import JobError
 from shoal.job.job import Metric
-from shoal.wire.collectives import sum_over_world
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +25,7 @@ class Validator:
         rank, world_size: which part of the data this rank looks at, of how many.
         shards: so many consecutive parts belong to one replica, and need as many forward passes as each other.
         batch_size: samples a forward pass on one rank.
+        sum: adds numbers up over all ranks.
         limit: look at so many samples at most, the first; 0: all.
     """
 
@@ -37,6 +37,7 @@ class Validator:
     batch_size: int
     limit: int
     collate: Collate | None
+    sum: Callable[[list[float]], list[float]]
     shards: int = 1
 
     def __call__(self) -> dict[str, float]:
@@ -54,7 +55,7 @@ class Validator:
                 sums = self._sums(mine, len(names), passes)
         finally:
             self.forward.model.train()
-        *values, count = sum_over_world([*sums, float(len(mine)) if self.forward.has_outputs else 0.0])
+        *values, count = self.sum([*sums, float(len(mine)) if self.forward.has_outputs else 0.0])
         return {name: value / count for name, value in zip(names, values, strict=True)}
 
     def _sums(self, mine: range, num_values: int, passes: int) -> list[float]:

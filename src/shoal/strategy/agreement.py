@@ -1,6 +1,6 @@
 """The vector that all ranks sum so that they decide alike: what it holds, and how often it leaves.
 
-[loss, votes to stop, a flag a rank], float64. Where ranks wait for each other in every step it leaves in every step;
+[loss, votes to stop, votes to turn to the next view, a flag a rank, seconds a rank], float64. Where ranks wait for each other in every step it leaves in every step;
 otherwise every so often, in the background.
 """
 
@@ -13,15 +13,15 @@ import torch
 from shoal.strategy.bucket import Bucket
 from shoal.wire.transport import Memory
 
-LOSS, STOP, HEAD = 0, 1, 2
-"""The places of the loss and of the votes, and of the first rank's flag."""
+LOSS, STOP, TURN, HEAD = 0, 1, 2, 3
+"""The places of the loss and of the votes, and of the first rank's flag; seconds stand behind all flags."""
 EVERY = 8
 """Steps between two agreements in the background, and between an agreement's leaving and its being read."""
 
 
 def agreement_bucket(world_size: int, allocate: Callable[[int, torch.dtype], Memory]) -> Bucket:
     """Memory for the vector."""
-    size = HEAD + world_size
+    size = HEAD + 2 * world_size
     return Bucket.over("agreement", allocate(size, torch.float64), size)
 
 

@@ -18,10 +18,9 @@ import torch
 import torch.distributed as dist
 
 from shoal.errors import PlanMismatchError, RendezvousError
+from shoal.wire.groups import SILENCE_TIMEOUT_S, World
 
 JOIN_TIMEOUT_S = 120.0
-SILENCE_TIMEOUT_S = 1800.0
-"""A peer silent for longer than this counts as lost; one that dies is noticed at once, by its closed connection."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +96,18 @@ def join(identity: Identity, fingerprint: Mapping[str, str], *, timeout_s: float
     return Membership(identity, tuple(str(member["node"]) for member in members), store)
 
 
-def start_collectives(membership: Membership, device: torch.device) -> None:
-    """Start torch.distributed's default group: Gloo, and NCCL beside it where ranks hold GPUs."""
+def connect(membership: Membership, device: torch.device) -> World:
+    """Connect all ranks. Collective.
+
+    Raises:
+        PeerLostError: a rank could not be reached.
+    """
+    identity = membership.identity
+    return World(membership.store, identity.rank, identity.world_size, device)
+
+
+def start_default_group(membership: Membership, device: torch.device) -> None:
+    """Start torch.distributed's default group, on which its layouts stand: Gloo, and NCCL where ranks hold GPUs."""
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         store=dist.PrefixStore("default", membership.store),
@@ -108,12 +117,11 @@ def start_collectives(membership: Membership, device: torch.device) -> None:
     )
 
 
-def leave(membership: Membership) -> None:
-    """End all process groups, in step: rank 0 holds the store and goes last."""
-    if not dist.is_initialized():
-        return
-    dist.barrier()
-    dist.destroy_process_group()
+def leave(membership: Membership, world: World) -> None:
+    """End in step: rank 0 holds the store and goes last."""
+    world.sum([0.0])
+    if dist.is_initialized():
+        dist.destroy_process_group()
     rank, world_size = membership.identity.rank, membership.identity.world_size
     membership.store.set(f"left/{rank}", "")
     if rank == 0:

@@ -99,8 +99,14 @@ class SharedMemoryTransport:
             case _:
                 raise AssertionError(f"{type(op).__name__} does not run over shared memory")
 
+    def cut(self) -> None:
+        """End what waits for another rank, here and there; from any thread."""
+        for peer in self._peers.values():
+            with contextlib.suppress(OSError):
+                peer.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
-        """Close the sockets. The mappings stay until the process ends, since tensors may still point into them."""
+        """Close the sockets. The mappings stay until `unmap`, since tensors may still point into them."""
         for peer in self._peers.values():
             peer.close()
 

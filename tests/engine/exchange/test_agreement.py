@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from shoal.engine.exchange.agreement import Agreement, Verdict
+from shoal.engine.exchange.agreement import Agreement, Ballot, Verdict
 from shoal.strategy.sync.allreduce import AllReduceConfig, AllReduceSync
 from shoal.strategy.topology import topologies
 from shoal.wire.inprocess import run_in_process
@@ -22,7 +22,7 @@ def agree(losses: list[float], stops: list[bool], dtype: torch.dtype = torch.flo
     ]
     for agreement, loss, stop in zip(agreements, losses, stops, strict=True):
         agreement.bucket.source.fill_(99.0)  # what an exchange leaves behind is of no use to the next
-        agreement.propose(torch.tensor(loss, dtype=dtype), stop=stop)
+        agreement.propose(torch.tensor(loss, dtype=dtype), Ballot(stop=stop))
     views = topologies("abc"[:world_size])
     run_in_process(
         [
@@ -36,7 +36,7 @@ def agree(losses: list[float], stops: list[bool], dtype: torch.dtype = torch.flo
 
 def test_the_loss_is_the_sum_of_all_parts() -> None:
     for verdict in agree([0.125, 0.25, 0.0], [False] * 3):
-        assert verdict == Verdict(loss=0.375, non_finite_ranks=[], stop=False)
+        assert verdict == Verdict(loss=0.375, non_finite_ranks=[], stop=False, seconds=[0.0] * 3)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -7,8 +7,8 @@ them into the checkpoint before that gets its name.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import timedelta
 from typing import Any
 
 from torch.distributed import Store
@@ -39,6 +39,10 @@ class PrivateWriter:
             self._pending.result()
             self._pending = None
 
+    def abandon(self) -> None:
+        """Let what was begun finish by itself."""
+        self._executor.shutdown(wait=False)
+
     def close(self) -> None:
         """Finish what was begun and end the thread."""
         self.wait()
@@ -54,8 +58,8 @@ class PrivateWriter:
         self._store.set(_key(serial, self._rank), json.dumps(told))
 
 
-def collect(store: Store, serial: int, world_size: int, patience: timedelta) -> list[Attachment]:
-    """Rank 0: the files of all ranks.
+def collect(store: Store, serial: int, world_size: int, wait: Callable[[list[str]], None]) -> list[Attachment]:
+    """Rank 0: the files of all ranks; `wait` waits for keys of the store.
 
     Raises:
         CheckpointError: a rank could not write its own.
@@ -63,7 +67,7 @@ def collect(store: Store, serial: int, world_size: int, patience: timedelta) -> 
     attachments: list[Attachment] = []
     for rank in range(world_size):
         key = _key(serial, rank)
-        store.wait([key], patience)
+        wait([key])
         told = json.loads(store.get(key))
         store.delete_key(key)
         if "error" in told:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
+import time
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,25 +24,50 @@ from shoal.errors import CheckpointError
 from shoal.events import EventLog
 
 _PATIENCE = timedelta(seconds=600)
+_SLICE = timedelta(seconds=1)
+
+
+class Ranks(Protocol):
+    """What a session needs to know of a view; `wire.groups.World` has it.
+
+    Attributes:
+        store: shared by all ranks of the view.
+    """
+
+    store: Store
+    rank: int
+    size: int
 
 
 class CheckpointSession:
-    """What one rank does for checkpoints: rank 0 writes; the others hand it their random states and own files."""
+    """What one rank does for checkpoints: rank 0 writes; the others hand it their random states and own files.
 
-    def __init__(
-        self, store: Store, rank: int, world_size: int, archive: Archive, log: EventLog, device: torch.device
-    ) -> None:
-        self._store = store
-        self._rank = rank
-        self._world_size = world_size
+    It outlives a view: what was begun in one is finished in the next, if all ranks had told what belongs to it.
+    """
+
+    def __init__(self, ranks: Ranks, archive: Archive, log: EventLog, device: torch.device) -> None:
         self._archive = archive
         self._log = log
         self._device = device
-        self._writer = CheckpointWriter(archive, log) if rank == 0 else None
-        self._private = PrivateWriter(archive, store.clone(), rank)  # type: ignore[attr-defined]  # a client waits with its lock held
+        self._own_writer: CheckpointWriter | None = None
         self._chosen: Path | None = None
-        self._serial = 0
         self.saved_step: int | None = None
+        self.enter(ranks)
+
+    def enter(self, ranks: Ranks) -> None:
+        """Go on in another view."""
+        self._store, self._rank, self._world_size = ranks.store, ranks.rank, ranks.size
+        self._serial = 0
+        self._private = PrivateWriter(self._archive, self._store.clone(), self._rank)  # type: ignore[attr-defined]  # a client waits with its lock held
+        if self._rank == 0 and self._own_writer is None:
+            self._own_writer = CheckpointWriter(self._archive, self._log)
+        self._writer = self._own_writer if self._rank == 0 else None
+        self.saved_step = None
+
+    def leave(self) -> None:
+        """A view has ended; what it has begun is finished in the background."""
+        self.before_update()
+        self._private.abandon()
 
     @property
     def failed(self) -> str | None:
@@ -70,7 +96,7 @@ class CheckpointSession:
             self._private.begin(self._serial, step, private)
         self._store.set(f"random/{self._serial}/{self._rank}", json.dumps(random_state.capture(self._device)))
         if self._writer is not None:
-            late = functools.partial(self._late, self._serial, attached=bool(private))
+            late = functools.partial(self._late, self._store, self._world_size, self._serial, attached=bool(private))
             self._writer.begin(step, state, best=best, volatile=list(volatile), late=late)
 
     def before_update(self) -> None:
@@ -87,8 +113,8 @@ class CheckpointSession:
     def close(self) -> None:
         """Finish what was begun."""
         self._private.close()
-        if self._writer is not None:
-            self._writer.close()
+        if self._own_writer is not None:
+            self._own_writer.close()
 
     def restore(self, layout: Mapping[str, int]) -> dict[str, Any] | None:
         """Return the state of the newest whole checkpoint and set this rank's random generators; None if there is none.
@@ -154,17 +180,35 @@ class CheckpointSession:
             return _choice(saved, "")
         return _choice(None, f"no checkpoint is whole: {'; '.join(damaged)}" if damaged else "")
 
-    def _late(self, serial: int, *, attached: bool) -> tuple[list[Any], list[Attachment]]:
-        states = self._random_states(serial)
-        return states, collect(self._store, serial, self._world_size, _PATIENCE) if attached else []
-
-    def _random_states(self, serial: int) -> list[Any]:
-        keys = [f"random/{serial}/{rank}" for rank in range(self._world_size)]
-        self._store.wait(keys, _PATIENCE)
-        states = [json.loads(self._store.get(key)) for key in keys]
+    def _late(
+        self, store: Store, world_size: int, serial: int, *, attached: bool
+    ) -> tuple[list[Any], list[Attachment]]:
+        wait = functools.partial(self._wait, store)
+        keys = [f"random/{serial}/{rank}" for rank in range(world_size)]
+        wait(keys)
+        states = [json.loads(store.get(key)) for key in keys]
         for key in keys:
-            self._store.delete_key(key)
-        return states
+            store.delete_key(key)
+        return states, collect(store, serial, world_size, wait) if attached else []
+
+    def _wait(self, store: Store, keys: list[str]) -> None:
+        """Wait for keys of a view, not much longer than the view lasts.
+
+        Raises:
+            CheckpointError: the view ended before they were there, or they did not come.
+        """
+        deadline = time.monotonic() + _PATIENCE.total_seconds()
+        while True:
+            ended = store is not self._store
+            try:
+                store.wait(keys, _SLICE)
+                return
+            except RuntimeError:
+                if ended or time.monotonic() > deadline:
+                    reason = "its view ended before" if ended else f"within {_PATIENCE} not"
+                    raise CheckpointError(
+                        f"a checkpoint was given up: {reason} all ranks had told their part"
+                    ) from None
 
 
 def _choice(saved: Saved | None, error: str) -> str:

@@ -14,15 +14,15 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed import Store
 from torch.optim import Optimizer
 
 from shoal.data.loader import Batch
-from shoal.engine.exchange.agreement import Verdict
+from shoal.engine.exchange.agreement import Ballot, Verdict
 from shoal.engine.exchange.communicator import Lane
 from shoal.engine.layout.replica import Replica
 from shoal.events import EventLog
 from shoal.strategy.topology import Topology
+from shoal.wire.groups import World
 from shoal.wire.traffic import Traffic, total
 from shoal.wire.transport import Transport
 
@@ -35,17 +35,17 @@ class Wiring:
         replica: this rank's part of its replica.
         lanes: for each lane its transports by group; they belong to the exchange from now on.
         topology: the ranks that hold the same part of the other replicas, and this one.
-        world: all ranks.
-        store: shared by all ranks.
+        topology_of_all: all ranks.
+        world: all ranks' connections and store.
     """
 
     replica: Replica
     optimizer: Optimizer
     lanes: list[dict[str, Transport]]
     topology: Topology
-    world: Topology
+    topology_of_all: Topology
+    world: World
     device: torch.device
-    store: Store
     log: EventLog
 
 
@@ -77,12 +77,12 @@ class ReplicaExchange(Protocol):
     def before_backward(self) -> None:
         """Call before each micro-batch's backward."""
 
-    def before_last_backward(self, loss: Tensor, *, stop: bool) -> None:
+    def before_last_backward(self, loss: Tensor, ballot: Ballot) -> None:
         """Call before the last micro-batch's backward.
 
         Args:
             loss: the sum of this rank's sample losses over `denominator`, a scalar.
-            stop: this rank asks to stop.
+            ballot: what this rank puts to the others.
         """
 
     def finish(self) -> Verdict:

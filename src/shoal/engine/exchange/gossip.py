@@ -13,7 +13,7 @@ from torch import Tensor
 
 from shoal.data.loader import Batch
 from shoal.engine.exchange import parameters
-from shoal.engine.exchange.agreement import Agreement, Verdict
+from shoal.engine.exchange.agreement import Agreement, Ballot, Verdict
 from shoal.engine.exchange.base import OnLanes, Wiring, copied
 from shoal.engine.exchange.clipping import require_gradients
 from shoal.engine.exchange.lagged import LaggedAgreement
@@ -22,7 +22,6 @@ from shoal.strategy.bucket import Bucket
 from shoal.strategy.codec.feedback import Coder
 from shoal.strategy.flat import bucket_bytes
 from shoal.strategy.sync.gossip import GossipSync
-from shoal.wire.collectives import sum_over_world
 
 
 class GossipExchange(OnLanes):
@@ -62,10 +61,10 @@ class GossipExchange(OnLanes):
     def before_backward(self) -> None:
         """Nothing is exchanged during backward."""
 
-    def before_last_backward(self, loss: Tensor, *, stop: bool) -> None:
+    def before_last_backward(self, loss: Tensor, ballot: Ballot) -> None:
         """Take part in the agreement, if it is due. `loss` is told as the mean of this rank's own samples."""
         own = loss / (self._weight * self._world_size) if self._weight else loss
-        self._agreement.propose(self._step, own, loss / self._world_size, stop=stop)
+        self._agreement.propose(self._step, own, loss / self._world_size, ballot)
 
     def finish(self) -> Verdict:
         """Nothing to wait for."""
@@ -97,8 +96,8 @@ class GossipExchange(OnLanes):
             float((section.values - mean).double().square().sum())
             for section, mean in zip(self._sections, means, strict=True)
         )
-        distance = math.sqrt(sum_over_world([square])[0] / self._world_size)
-        if self._wiring.world.rank == 0:
+        distance = math.sqrt(self._wiring.world.sum([square])[0] / self._world_size)
+        if self._wiring.topology_of_all.rank == 0:
             self._wiring.log.write("consensus", step=self._step, distance=distance)
         with parameters.holding(self._wiring.replica, self._sections, means):
             yield

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from shoal.data.loader import Batch
 from shoal.engine.exchange.adam import CompressedAdam
-from shoal.engine.exchange.agreement import Agreement, Verdict
+from shoal.engine.exchange.agreement import Agreement, Ballot, Verdict
 from shoal.engine.exchange.base import OnLanes, Wiring, copied
 from shoal.engine.exchange.buckets import GradientBuckets
 from shoal.engine.exchange.clipping import clip, no_gradient, scale
@@ -61,10 +61,10 @@ class GradientExchange(OnLanes):
         """Call before each micro-batch's backward."""
         self._pass_fence()
 
-    def before_last_backward(self, loss: Tensor, *, stop: bool) -> None:
+    def before_last_backward(self, loss: Tensor, ballot: Ballot) -> None:
         """From now on buckets leave as they fill."""
         self._pass_fence()
-        self._agreement.propose(loss, stop=stop)
+        self._agreement.propose(loss, ballot)
         first = self._lanes[0]
         self._in_flight.append((first, first.submit(self._sync.exchange_exact(self._agreement.bucket))))
         self._buckets.begin_last_backward()

@@ -6,6 +6,7 @@ same step: so all still decide alike, and nobody waits for a slow link.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from concurrent.futures import Future
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shoal.engine.exchange.agreement import Agreement, Verdict
+from shoal.engine.exchange.agreement import Agreement, Ballot, Verdict
 from shoal.engine.exchange.communicator import Lane
 from shoal.strategy.agreement import EVERY
 from shoal.strategy.sync.summation import Summation
@@ -31,7 +32,7 @@ class LaggedAgreement:
         self._loss = math.nan
         self._verdict = Verdict(math.nan, [], stop=False)
 
-    def propose(self, step: int, loss: Tensor, weighted_loss: Tensor, *, stop: bool) -> None:
+    def propose(self, step: int, loss: Tensor, weighted_loss: Tensor, ballot: Ballot) -> None:
         """Take part in step `step`, counted from 0. `loss`: this rank's own mean; see `Agreement.propose`."""
         self._loss = float(loss)
         self._verdict = Verdict(self._loss, [] if math.isfinite(self._loss) else [self._rank], stop=False)
@@ -40,8 +41,8 @@ class LaggedAgreement:
         if self._pending is not None:
             agreed = self._read()
             bad = sorted({*agreed.non_finite_ranks, *self._verdict.non_finite_ranks})
-            self._verdict = Verdict(self._loss, bad, agreed.stop)
-        self._agreement.propose(weighted_loss.to(torch.float64), stop=stop)
+            self._verdict = dataclasses.replace(agreed, loss=self._loss, non_finite_ranks=bad)
+        self._agreement.propose(weighted_loss.to(torch.float64), ballot)
         self._pending = self._lane.submit(self._sync.exchange_exact(self._agreement.bucket))
 
     def verdict(self) -> Verdict:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shoal.data.loader import Batch
 from shoal.engine.exchange import parameters
-from shoal.engine.exchange.agreement import Agreement, Verdict
+from shoal.engine.exchange.agreement import Agreement, Ballot, Verdict
 from shoal.engine.exchange.base import OnLanes, Wiring, copied
 from shoal.engine.exchange.clipping import require_gradients
 from shoal.engine.exchange.lagged import LaggedAgreement
@@ -33,7 +33,6 @@ from shoal.strategy.sync.local import (
     outer_step,
     rhythm,
 )
-from shoal.wire.collectives import sum_over_world
 from shoal.wire.transport import Memory
 
 
@@ -106,9 +105,9 @@ class LocalExchange(OnLanes):
     def before_backward(self) -> None:
         """Nothing is exchanged during backward."""
 
-    def before_last_backward(self, loss: Tensor, *, stop: bool) -> None:
+    def before_last_backward(self, loss: Tensor, ballot: Ballot) -> None:
         """Take part in the agreement, if it is due."""
-        self._agreement.propose(self._step, loss, loss * self._weight, stop=stop)
+        self._agreement.propose(self._step, loss, loss * self._weight, ballot)
 
     def finish(self) -> Verdict:
         """Nothing to wait for."""
@@ -264,10 +263,10 @@ class LocalExchange(OnLanes):
         self._base = self._step
         exchange_s = self._time_exchange()
         step_s = sorted(self._measured_s)[len(self._measured_s) // 2]
-        rank, world_size = self._wiring.world.rank, self._wiring.world.world_size
+        rank, world_size = self._wiring.topology_of_all.rank, self._wiring.topology_of_all.world_size
         own = [0.0] * (2 * world_size)
         own[rank], own[world_size + rank] = step_s, exchange_s
-        told = sum_over_world(own)
+        told = self._wiring.world.sum(own)
         self._settle(least_every(max(told[world_size:]), max(told[:world_size]), len(self._fragments)))
 
     def _time_exchange(self) -> float:
@@ -290,5 +289,5 @@ class LocalExchange(OnLanes):
 
     def _settle(self, every: int) -> None:
         self._rhythm = rhythm(self._config, every, len(self._fragments))
-        if self._wiring.world.rank == 0:
+        if self._wiring.topology_of_all.rank == 0:
             self._wiring.log.write("rhythm", every=every, fragments=len(self._fragments), overlap=self._rhythm.overlap)

@@ -21,7 +21,7 @@ import zmq
 from torch import Tensor
 
 from shoal.data.loader import Batch
-from shoal.engine.exchange.agreement import Verdict
+from shoal.engine.exchange.agreement import Ballot, Verdict
 from shoal.engine.exchange.base import Wiring
 from shoal.engine.exchange.clipping import require_gradients
 from shoal.engine.exchange.gossip import GossipExchange
@@ -45,7 +45,7 @@ class PairsExchange(GossipExchange):
     def __init__(self, wiring: Wiring, sync: GossipSync, coder: Coder | None) -> None:
         """Lay the model out and connect to the neighbours; collective."""
         super().__init__(wiring, sync, coder)
-        rank, store = wiring.topology.rank, wiring.store
+        rank, store = wiring.topology.rank, wiring.world.store
         self._values = [section.values.clone() for section in self._sections]
         self._lock = threading.Lock()
         self._dice = random.Random(rank)
@@ -77,7 +77,7 @@ class PairsExchange(GossipExchange):
         self._weight = batch.replica_share / batch.size
         self._show()
 
-    def before_last_backward(self, loss: Tensor, *, stop: bool) -> None:
+    def before_last_backward(self, loss: Tensor, ballot: Ballot) -> None:
         """Nothing is agreed on between meetings."""
         self._own_loss = loss / (self._weight * self._world_size) if self._weight else loss
 

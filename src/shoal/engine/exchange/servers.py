@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from shoal.data.loader import Batch
-from shoal.engine.exchange.agreement import Agreement, Verdict
+from shoal.engine.exchange.agreement import Agreement, Ballot, Verdict
 from shoal.engine.exchange.base import Wiring, copied
 from shoal.engine.exchange.clipping import require_gradients
 from shoal.engine.exchange.communicator import Lane
@@ -23,7 +23,6 @@ from shoal.servers import ClientConfig, Pending, RemoteTable, ServerClient
 from shoal.strategy.codec.feedback import Coder
 from shoal.strategy.sync.parameter_server import ParameterServerSync, replicated
 from shoal.strategy.sync.sharding import assign
-from shoal.wire.collectives import sum_over_world
 from shoal.wire.secrets import load_secrets
 from shoal.wire.traffic import Traffic
 
@@ -51,7 +50,7 @@ class ServersExchange:
         self._remote = {name: self._attach(name, table) for name, table in self._tables.items()}
         if self._rank == 0:
             self._client.load({name: p.detach() for name, p in self._parameters.items()})
-        sum_over_world([0.0])
+        self._wiring.world.sum([0.0])
         self._pushes: list[Pending[None]] = []
         self._pull: Pending[dict[str, Tensor]] | None = None
         self._fresh = True
@@ -88,13 +87,13 @@ class ServersExchange:
     def before_backward(self) -> None:
         """Nothing is exchanged during backward."""
 
-    def before_last_backward(self, loss: Tensor, *, stop: bool) -> None:
+    def before_last_backward(self, loss: Tensor, ballot: Ballot) -> None:
         """Take part in the agreement, if ranks go in step."""
         total = loss if self._config.mode == "bsp" else loss / self._world_size
         own = total / self._weight if self._weight else total
         self._own_loss = own
         if not self.asynchronous:
-            self._agreement.propose(self._step, own, total, stop=stop)
+            self._agreement.propose(self._step, own, total, ballot)
 
     def finish(self) -> Verdict:
         """Nothing to wait for."""
@@ -163,7 +162,7 @@ class ServersExchange:
         }
         if self._rank == 0:
             state["servers"] = {key: list(held) for key, held in self._client.dump().items()}
-        sum_over_world([0.0])
+        self._wiring.world.sum([0.0])
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -174,7 +173,7 @@ class ServersExchange:
         if self._rank == 0:
             held = {key: (document, tensors) for key, (document, tensors) in state["servers"].items()}
             self._client.restore(held, clock=state["clock"])
-        sum_over_world([0.0])
+        self._wiring.world.sum([0.0])
         self._fresh = False
         self._clock = state["clock"] - 1
         for remote in self._remote.values():
@@ -189,8 +188,8 @@ class ServersExchange:
 
     def _connect(self) -> ServerClient:
         keys = [f"server/{index}" for index in range(self._config.servers)]
-        self._wiring.store.wait(keys, _PATIENCE)
-        addresses = tuple(self._wiring.store.get(key).decode() for key in keys)
+        self._wiring.world.store.wait(keys, _PATIENCE)
+        addresses = tuple(self._wiring.world.store.get(key).decode() for key in keys)
         config = ClientConfig(
             addresses=addresses,
             rank=self._rank,
@@ -230,8 +229,8 @@ class ServersExchange:
             self._pull.result()
             self._pull = None
         self.settle()
-        sum_over_world([0.0])
+        self._wiring.world.sum([0.0])
         if self._step:
             self._take(self._ask(self._clock + 1 if self._config.mode == "bsp" else 0))
-        sum_over_world([0.0])
+        self._wiring.world.sum([0.0])
         self._fresh = True

@@ -3,68 +3,62 @@
 from __future__ import annotations
 
 import torch
-from torch.distributed import Store
 
 from shoal.ops import LEADERS, NODE, WORLD
 from shoal.strategy.layout.grid import Grid
 from shoal.strategy.topology import Topology
 from shoal.wire import shared_memory
 from shoal.wire.collectives import TorchTransport
-from shoal.wire.rendezvous import SILENCE_TIMEOUT_S
+from shoal.wire.groups import SILENCE_TIMEOUT_S, World
 from shoal.wire.transport import Transport
 
 
 class Lanes:
     """Makes lanes; all ranks make the same ones in the same order."""
 
-    def __init__(self, world: Topology, grid: Grid, store: Store, device: torch.device) -> None:
+    def __init__(self, topology: Topology, grid: Grid, world: World, device: torch.device) -> None:
+        self._topology = topology
+        self._own = grid.group(topology.rank, "replicate")
         self._world = world
-        self._groups = grid.groups("replicate")
-        self._own = grid.group(world.rank, "replicate")
-        self._store = store
         self._device = device
 
     def build(self, lane: int, groups: set[str]) -> dict[str, Transport]:
         """The transports by group. Collective over all ranks."""
         transports: dict[str, Transport] = {}
         if WORLD in groups:
-            transports[WORLD] = self._over(self._groups, self._own)
-        if LEADERS in groups:
-            transports[LEADERS] = self._over([self._leaders(group) for group in self._groups], self._leaders(self._own))
+            transports[WORLD] = self._over(lane, WORLD, self._own)
+        if LEADERS in groups and self._topology.rank in self._leaders():
+            transports[LEADERS] = self._over(lane, LEADERS, self._leaders())
         if NODE in groups:
             transports[NODE] = self._node(lane)
         return transports
 
-    def _over(self, groups: list[list[int]], own: list[int]) -> Transport:
-        """A group of torch.distributed; every rank has to make every one, its own or not."""
-        made = [TorchTransport(members, self._world.rank, self._device) for members in groups]
-        return made[groups.index(own)]
+    def _over(self, lane: int, name: str, members: list[int]) -> Transport:
+        return TorchTransport(self._world.group(f"{lane}/{name}", members), self._device)
 
     def _node(self, lane: int) -> Transport:
-        local = self._neighbours(self._own)
-        if self._device.type == "cpu" and shared_memory.available():
-            prefix = f"lane/{lane}/node/{local[0]}/"
-            return shared_memory.SharedMemoryTransport(
-                local.index(self._world.rank),
-                len(local),
-                lambda key, value: self._store.set(prefix + key, value.hex()),
-                lambda key: bytes.fromhex(self._store.get(prefix + key).decode()),
-                timeout_s=SILENCE_TIMEOUT_S,
-            )
-        groups = [
-            [rank for rank in group if self._world.nodes[rank] == node]
-            for group in self._groups
-            for node in dict.fromkeys(self._world.nodes[rank] for rank in group)
-        ]
-        return self._over(groups, local)
+        local = self._neighbours()
+        if self._device.type == "cuda" or not shared_memory.available():
+            return self._over(lane, NODE, local)
+        store, prefix = self._world.store, f"lane/{lane}/node/{local[0]}/"
+        transport = shared_memory.SharedMemoryTransport(
+            local.index(self._topology.rank),
+            len(local),
+            lambda key, value: store.set(prefix + key, value.hex()),
+            lambda key: bytes.fromhex(store.get(prefix + key).decode()),
+            timeout_s=SILENCE_TIMEOUT_S,
+        )
+        self._world.on_cut(transport.cut)
+        return transport
 
-    def _neighbours(self, group: list[int]) -> list[int]:
-        """The ranks of a group on this rank's node."""
-        return [rank for rank in group if self._world.nodes[rank] == self._world.nodes[self._world.rank]]
+    def _neighbours(self) -> list[int]:
+        """The own group's ranks on this rank's node."""
+        nodes = self._topology.nodes
+        return [rank for rank in self._own if nodes[rank] == nodes[self._topology.rank]]
 
-    def _leaders(self, group: list[int]) -> list[int]:
-        """The first rank of a group on each node."""
+    def _leaders(self) -> list[int]:
+        """The own group's first rank on each node."""
         first: dict[str, int] = {}
-        for rank in group:
-            first.setdefault(self._world.nodes[rank], rank)
+        for rank in self._own:
+            first.setdefault(self._topology.nodes[rank], rank)
         return list(first.values())

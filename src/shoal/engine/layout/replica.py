@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from shoal.engine.layout.usage import Usage
 from shoal.strategy.layout.region import Region
-from shoal.wire.collectives import failures_as_lost_peers
+from shoal.wire.groups import failures_as_lost_peers
 
 NamedParameter = tuple[str, nn.Parameter]
 

@@ -16,7 +16,7 @@ from shoal.engine.layout.place import Place
 from shoal.engine.layout.replica import Held
 from shoal.errors import JobError
 from shoal.strategy.layout.cut import Weight, cut
-from shoal.wire.collectives import failures_as_lost_peers
+from shoal.wire.groups import failures_as_lost_peers
 
 Tied = Mapping[str, list[int]]
 """Parameters that several ranks of a pipeline hold, and which: their places in the pipeline."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from shoal.data.loader import Batch
 from shoal.engine.exchange import ReplicaExchange
+from shoal.engine.exchange.agreement import Ballot
 from shoal.engine.forward import Forward, to_device
 from shoal.engine.layout.pipeline.line import Line
 from shoal.engine.layout.pipeline.trace import Playback, Traced, call_of
@@ -57,7 +59,7 @@ class Pipelined:
         self._line = line
         self._replica = replica
 
-    def backward(self, batch: Batch, exchange: ReplicaExchange, wants_to_stop: Callable[[], bool]) -> None:
+    def backward(self, batch: Batch, exchange: ReplicaExchange, ballot: Callable[[], Ballot]) -> None:
         """All micro-batches of one size together; what is left in an epoch's last batch may be smaller."""
         exchange.before_backward()
         denominator, device = exchange.denominator(batch), self._forward.device
@@ -71,6 +73,7 @@ class Pipelined:
 
             scores = self._line.run([self._forward.inputs(samples) for samples in moved], score, train=True)
             total += sum(float(value) for value in scores)
-        loss, stop = self._replica.agree(total, stop=wants_to_stop())
+        own = ballot()
+        loss, stop = self._replica.agree(total, stop=own.stop)
         self._replica.finish_backward()
-        exchange.before_last_backward(loss, stop=stop)
+        exchange.before_last_backward(loss, dataclasses.replace(own, stop=stop))

@@ -22,7 +22,7 @@ from shoal.engine.layout.tensor.dice import draw_apart
 from shoal.engine.layout.tensor.rules import LEAST_ROWS, Split
 from shoal.errors import JobError
 from shoal.strategy.layout.region import Region
-from shoal.wire.collectives import failures_as_lost_peers
+from shoal.wire.groups import failures_as_lost_peers
 
 _STYLES: dict[str, Callable[[], ParallelStyle]] = {
     "columns": ColwiseParallel,

@@ -1,0 +1,218 @@
+"""The process groups of one view: made on demand by those who take part, and cut all at once.
+
+They are torch.distributed's own backends (Gloo, NCCL), each with connections of its own, but not members of its global
+state: a group of the next view can be made while those of this one still work, and whoever waits in a group that a
+lost peer will never answer can be freed. Gloo has no such call (its `abort` leaves waiting operations waiting), so
+`cut` shuts the sockets down that a group opened; to the operations it looks as if the peer had gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import stat
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shoal.errors import PeerLostError
+
+SILENCE_TIMEOUT_S = 1800.0
+"""A peer silent for longer than this counts as lost; one that dies is noticed at once, by its closed connection."""
+_DESCRIPTORS = Path("/proc/self/fd")
+
+
+class Group:
+    """Some ranks of a view. One thread at a time; ranks are places in `members`, whose values are global ranks."""
+
+    def __init__(self, backends: dict[str, Any], members: Sequence[int], rank: int) -> None:
+        """`backends`: by type of device."""
+        self.members = list(members)
+        self.index = self.members.index(rank)
+        self._backends = backends
+
+    @property
+    def size(self) -> int:
+        """How many ranks there are."""
+        return len(self.members)
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Sum over all members, in place."""
+        self._of(tensor).allreduce([tensor]).wait()
+
+    def broadcast(self, tensor: Tensor, root: int) -> None:
+        """Copy member `root`'s tensor into everybody's."""
+        options = dist.BroadcastOptions()
+        options.rootRank, options.rootTensor = root, 0
+        self._of(tensor).broadcast([tensor], options).wait()
+
+    def all_gather(self, rows: list[Tensor], tensor: Tensor) -> None:
+        """Collect every member's tensor into `rows`, in their order."""
+        self._of(tensor).allgather([rows], [tensor]).wait()
+
+    def all_to_all(self, received: Tensor, sent: Tensor) -> None:
+        """Row i of `sent` goes to member i (NCCL)."""
+        self._of(sent).alltoall_base(received, sent, [], []).wait()
+
+    def send(self, tensor: Tensor, to: int) -> Any:
+        """Begin to send to member `to`; returns what to `wait` for."""
+        return self._of(tensor).send([tensor], to, 0)
+
+    def receive(self, tensor: Tensor, source: int) -> Any:
+        """Begin to receive from member `source`; returns what to `wait` for."""
+        return self._of(tensor).recv([tensor], source, 0)
+
+    def barrier(self) -> None:
+        """Wait until every member is here."""
+        next(iter(self._backends.values())).barrier().wait()
+
+    def _of(self, tensor: Tensor) -> Any:
+        return self._backends[tensor.device.type]
+
+
+class World:
+    """All ranks of one view, connected.
+
+    Attributes:
+        rank: this process's.
+        size: the number of ranks.
+        store: shared by all ranks of the view, and by no other view.
+        everybody: the group of all ranks, for the main thread.
+    """
+
+    def __init__(
+        self,
+        store: dist.Store,
+        rank: int,
+        size: int,
+        device: torch.device,
+        *,
+        timeout_s: float = SILENCE_TIMEOUT_S,
+        exempt_ports: Sequence[int] = (),
+    ) -> None:
+        """Connect to all other ranks. Collective.
+
+        Args:
+            timeout_s: how long an operation may wait for a silent peer.
+            exempt_ports: connections from or to these are others' and survive a cut.
+
+        Raises:
+            PeerLostError: a rank could not be reached.
+        """
+        self.rank = rank
+        self.size = size
+        self.store = store
+        self._device = device
+        self._timeout = timedelta(seconds=timeout_s)
+        self._exempt = frozenset(exempt_ports)
+        self._lock = threading.Lock()
+        self._sockets: dict[int, int] = {}
+        self._on_cut: list[Callable[[], None]] = []
+        self._is_cut = False
+        self.everybody = self.group("everybody", range(size))
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether `cut` has been called."""
+        return self._is_cut
+
+    def group(self, name: str, members: Sequence[int]) -> Group:
+        """Connect the ranks `members`, of which this is one. Collective over them; `name` is used once in a view.
+
+        Raises:
+            PeerLostError: a rank could not be reached, or the view was cut.
+        """
+        store = dist.PrefixStore(f"group/{name}/{'-'.join(map(str, members))}", self.store)
+        index = list(members).index(self.rank)
+        with self._lock, failures_as_lost_peers(f"connecting ranks {list(members)}"):
+            before = _open_sockets()
+            backends: dict[str, Any] = {
+                "cpu": dist.ProcessGroupGloo(dist.PrefixStore("cpu", store), index, len(members), self._timeout)
+            }
+            if self._device.type == "cuda":
+                options = dist.ProcessGroupNCCL.Options()
+                options._timeout = self._timeout
+                nccl = dist.ProcessGroupNCCL(dist.PrefixStore("cuda", store), index, len(members), options)
+                backends["cuda"] = nccl
+            self._sockets |= {fd: inode for fd, inode in _open_sockets().items() if before.get(fd) != inode}
+        group = Group(backends, members, self.rank)
+        if self._is_cut:
+            self._shut_down()
+            raise PeerLostError(f"connecting ranks {list(members)} failed: the view was cut meanwhile")
+        return group
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Add float64 values up over all ranks, on the main thread. Collective.
+
+        Raises:
+            PeerLostError: a rank vanished.
+        """
+        total = torch.tensor(values, dtype=torch.float64)
+        with failures_as_lost_peers("summing over all ranks"):
+            self.everybody.all_reduce(total)
+        summed: list[float] = total.tolist()
+        return summed
+
+    def on_cut(self, action: Callable[[], None]) -> None:
+        """Call `action` when the view is cut, from whatever thread that is; now, if it has been."""
+        self._on_cut.append(action)
+        if self._is_cut:
+            action()
+
+    def cut(self) -> None:
+        """End every operation of this view at once, here and as others see it; from any thread, any number of times."""
+        self._is_cut = True
+        for action in list(self._on_cut):
+            action()
+        self._shut_down()
+
+    def _shut_down(self) -> None:
+        for descriptor, inode in list(self._sockets.items()):
+            with contextlib.suppress(OSError):
+                if os.fstat(descriptor).st_ino == inode:
+                    _shut_down(descriptor, self._exempt)
+
+
+def _open_sockets() -> dict[int, int]:
+    """This process's sockets: descriptor -> inode, which no later socket of the same descriptor has."""
+    found = {}
+    names = os.listdir(_DESCRIPTORS) if _DESCRIPTORS.exists() else []
+    for name in names:
+        with contextlib.suppress(OSError):
+            status = os.fstat(int(name))
+            if stat.S_ISSOCK(status.st_mode):
+                found[int(name)] = status.st_ino
+    return found
+
+
+def _shut_down(descriptor: int, exempt: frozenset[int]) -> None:
+    with socket.socket(fileno=os.dup(descriptor)) as connection:
+        if connection.family not in (socket.AF_INET, socket.AF_INET6):
+            return
+        if connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            return  # Gloo's listener takes its end for a fault of its own, and ends the process
+        ports = {connection.getsockname()[1], connection.getpeername()[1]}
+        if not ports & exempt:
+            connection.shutdown(socket.SHUT_RDWR)
+
+
+@contextmanager
+def failures_as_lost_peers(what: str) -> Iterator[None]:
+    """torch.distributed reports a vanished peer as a RuntimeError: name it for what it is.
+
+    Raises:
+        PeerLostError: `what` failed.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise PeerLostError(f"{what} failed, most likely because another rank ended: {reason}") from error
