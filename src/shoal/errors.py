@@ -6,6 +6,7 @@ ShoalError
 │   ├── JobError                     what the job function returned, or did
 │   ├── PlanError                    plan.toml or a flag that changes it
 │   ├── ClusterError                 cluster.toml or --lab
+│   ├── FaultsError                  faults.toml, or a fault that cannot be rehearsed here
 │   ├── RunError                     the run directory: exists, missing, not writable
 │   ├── SecretsError                 the file of the parameter servers' keys
 │   └── MissingExtra                 an optional dependency that is not installed
@@ -17,6 +18,8 @@ ShoalError
 │   ├── RendezvousError              a rank could not join
 │   ├── PlanMismatchError            a rank with another plan tried to join
 │   ├── PeerLostError                a rank vanished while others talked to it
+│   ├── CoordinatorError             the coordinator refused or cannot be reached
+│   ├── RunEnded                     the coordinator has ended the run: there is no next view
 │   ├── ServerLostError              a parameter server cannot be reached, or vanished with no replica left
 │   └── ServerRefusedError           a parameter server refused a request: wrong key, unknown name, row out of range
 └── WorkerFailedError                a launched process ended badly; carries its report
@@ -54,6 +57,10 @@ class PlanError(UsageError):
 
 class ClusterError(UsageError):
     """A cluster description is wrong."""
+
+
+class FaultsError(UsageError):
+    """A list of faults is wrong, or asks for one that cannot be rehearsed where the run is."""
 
 
 class RunError(UsageError):
@@ -101,6 +108,22 @@ class PlanMismatchError(WireError):
 
 class PeerLostError(WireError):
     """A rank vanished while others waited for it."""
+
+
+class CoordinatorError(WireError):
+    """The coordinator refused or cannot be reached. `refused`: asking again will not help."""
+
+    def __init__(self, message: str, *, refused: bool = False) -> None:
+        super().__init__(message)
+        self.refused = refused
+
+
+class RunEnded(WireError):  # noqa: N818 - it tells of an end, which need not be an error
+    """The coordinator has ended the run: there is no next view. `failed`: a member's failure ended it."""
+
+    def __init__(self, reason: str, *, failed: bool) -> None:
+        super().__init__(reason)
+        self.failed = failed
 
 
 class ServerLostError(WireError):

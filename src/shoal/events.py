@@ -9,7 +9,8 @@ needed and `kill -9` loses at most a line that was being written. Every event ha
 | run_started | every rank | plan_hash, job, arguments, world_size, node, device, num_parameters, |
 |  |  | steps_per_epoch, torch, shoal, stop |
 | resumed | rank 0 | step, checkpoint |
-| step | every rank | step, epoch, loss (global mean), lr, samples (global), share (this rank's samples), step_s, |
+| step | every rank | step, epoch, first (the batch's first position in the epoch's order), loss (global mean), lr, |
+|  |  | samples (global), share (this rank's samples), step_s, |
 |  |  | data_s, compute_s (forward and backward), wait_s (for the exchange), optimizer_s, |
 |  |  | bytes_sent (by this rank in this step, on the wire) |
 | rhythm | rank 0 | every, fragments, overlap: of local steps, in steps |
@@ -27,6 +28,8 @@ needed and `kill -9` loses at most a line that was being written. Every event ha
 | run_finished | every rank | reason, steps, samples, seconds and bytes_sent (of this attempt), loss, val_loss, |
 |  |  | peak_memory_bytes, traffic (of this attempt's exchanges: {to rank: [messages, bytes]}) |
 | worker_exited | launcher | rank, pid, exit_code (negative: the signal's number) |
+| fault_injected | launcher | fault (its kind), rank, node, step, seconds (null: for good), detail: what was done |
+| fault_ended | launcher | fault, rank, node, step, seconds (that it lasted), detail: how it ended |
 
 A reader must ignore kinds and fields that it does not know.
 """
@@ -55,7 +58,7 @@ class EventLog:
         _end_torn_line(path)
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
-    def write(self, kind: str, **fields: Any) -> None:
+    def write(self, kind: str, /, **fields: Any) -> None:
         """Append one event. Non-finite numbers are written as null, which JSON can carry.
 
         Raises:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import secrets
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from shoal.cluster.description import Cluster, load_cluster, parse_lab
+from shoal.cluster.faults import Fault, load_faults, schedule
 from shoal.dashboard.history import History, fold, summary
 from shoal.dashboard.progress import LiveProgress
 from shoal.dashboard.report import read_history, write_report
-from shoal.errors import UsageError
+from shoal.errors import FaultsError, UsageError
 from shoal.events import Event, read_events
 from shoal.job.job import Job
 from shoal.job.target import Target, resolve, target_of
 from shoal.launch import local
+from shoal.launch.elastic import ElasticSupervisor, Membership
 from shoal.launch.lab.lab import Lab
 from shoal.launch.placement import Seating
 from shoal.launch.supervisor import Supervisor
@@ -54,12 +57,16 @@ class Where:
         on: "local" (processes on this machine) or "lab" (an emulated network on this machine).
         lab: the lab's description, e.g. "nodes=4,link=100mbit,cpu=0.5", or a cluster.toml.
         port: where rank 0 listens, on local; 0 takes a free one.
+        faults: a file of failures to rehearse.
+        bounds: `min_nodes` and `max_nodes` of `[elastic]`, over what the plan says.
     """
 
     nodes: int | None = None
     on: str = "local"
     lab: str | None = None
     port: int = 0
+    faults: Path | None = None
+    bounds: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -120,10 +127,14 @@ def execute(
     """What `train` and the command line share. `show` is given the growing history a few times a second."""
     cluster = _cluster(where)
     wanted = load_plan(Path(plan)) if isinstance(plan, str | Path) else plan
+    if where.bounds and not resume:
+        wanted = with_flags(wanted or Plan(), {"elastic": where.bounds})
     run = open_run(folder, target.short_name, resume=resume) if resume else None
     before = num_ranks(load_plan(run.plan)) if run else None
-    world_size = cluster.world_size if cluster else where.nodes or before or 1
+    world_size = where.nodes or (cluster.world_size if cluster else before or 1)
     resolved = _resume_plan(run, target, wanted, limits, world_size) if run else _fresh_plan(wanted, limits, world_size)
+    _check_nodes(where, cluster, resolved)
+    faults = _faults(where, resolved, world_size)
     run = run or open_run(folder, target.short_name, resume=False)
     _store(run, target, resolved)
     history = History()
@@ -133,8 +144,15 @@ def execute(
 
     if resume:
         fold(_past(run), history)
-    with _seating(where, cluster, world_size) as seating:
-        Supervisor(seating, run, resume=resume, num_servers=num_servers(resolved), watch=watch, notice=notice).run()
+    with _seating(where, cluster, world_size) as (seating, lab):
+        if resolved.elastic.min_nodes:
+            membership = _membership(resolved, world_size)
+            ElasticSupervisor(
+                seating, run, membership, resume=resume, watch=watch, notice=notice, faults=faults, lab=lab
+            ).run_to_the_end()
+        else:
+            servers = num_servers(resolved)
+            Supervisor(seating, run, resume=resume, num_servers=servers, watch=watch, notice=notice).run()
     write_report(run)
     return Result(run.path, summary(read_history(run), str(run.path)))
 
@@ -149,12 +167,52 @@ def _cluster(where: Where) -> Cluster | None:
             raise UsageError("--lab describes an emulated cluster, but --on is local; add --on lab")
         return None
     described = where.lab or f"nodes={where.nodes or 4}"
-    cluster = load_cluster(Path(described)) if described.endswith(".toml") else parse_lab(described)
-    if where.nodes is not None and where.nodes != len(cluster.nodes):
+    return load_cluster(Path(described)) if described.endswith(".toml") else parse_lab(described)
+
+
+def _check_nodes(where: Where, cluster: Cluster | None, plan: Plan) -> None:
+    """Nodes of a lab may be left over for those who join later, if anybody can join."""
+    if cluster is None or where.nodes is None or where.nodes == len(cluster.nodes):
+        return
+    if where.nodes > len(cluster.nodes) or not plan.elastic.min_nodes:
         raise UsageError(
             f"--nodes is {where.nodes}, but --lab describes {len(cluster.nodes)} nodes; leave --nodes away"
         )
-    return cluster
+    if any(node.ranks > 1 for node in cluster.nodes):
+        raise UsageError("--nodes leaves nodes of --lab over for later, which needs one rank a node; set ranks=1")
+
+
+def _faults(where: Where, plan: Plan, world_size: int) -> list[Fault]:
+    """What to rehearse.
+
+    Raises:
+        FaultsError: the file is wrong, or the plan lets no worker be lost.
+    """
+    if where.faults is None:
+        return []
+    if not plan.elastic.min_nodes:
+        raise FaultsError(
+            "--faults rehearses failures, but under this plan the first one ends the run; set elastic.min_nodes to the "
+            "least number of workers to go on with"
+        )
+    return schedule(load_faults(where.faults), world_size)
+
+
+def _membership(plan: Plan, world_size: int) -> Membership:
+    elastic = plan.elastic
+    most = elastic.max_nodes or max(plan.batch.size, world_size)
+    if not elastic.min_nodes <= world_size <= most:
+        raise UsageError(
+            f"elastic.min_nodes is {elastic.min_nodes} and max_nodes {most}, but {world_size} workers are to start; start "
+            "a number between them"
+        )
+    return Membership(
+        nodes=world_size,
+        min_nodes=elastic.min_nodes,
+        max_nodes=most,
+        lease_s=elastic.lease_s,
+        restarts=elastic.restarts,
+    )
 
 
 def _fresh_plan(plan: Plan | None, limits: Limits, world_size: int) -> Plan:
@@ -182,7 +240,8 @@ def _resume_plan(run: Run, target: Target, plan: Plan | None, limits: Limits, wo
 
 def _store(run: Run, target: Target, plan: Plan) -> None:
     write_atomic(run.plan, dump_plan(plan).encode())
-    run.write_info({"job": target.name, "arguments": dict(target.arguments), "plan_hash": plan_hash(plan)})
+    info = {"job": target.name, "arguments": dict(target.arguments), "plan_hash": plan_hash(plan)}
+    run.write_info(info | {"id": secrets.token_hex(8)})  # of this attempt: who attends to another's is refused
 
 
 def _past(run: Run) -> list[Event]:
@@ -190,9 +249,9 @@ def _past(run: Run) -> list[Event]:
 
 
 @contextlib.contextmanager
-def _seating(where: Where, cluster: Cluster | None, world_size: int) -> Iterator[Seating]:
+def _seating(where: Where, cluster: Cluster | None, world_size: int) -> Iterator[tuple[Seating, Lab | None]]:
     if cluster is None:
-        yield local.seating(world_size, where.port)
+        yield local.seating(world_size, where.port), None
         return
     with Lab(cluster) as lab:
-        yield lab.seating()
+        yield lab.seating(), lab

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
@@ -29,36 +31,25 @@ from shoal.training import Limits, Result, Where, execute
 @click.option("--seconds", type=float, help="Stop after so many seconds of training.")
 @click.option("--until", metavar="CONDITION", help="Stop when validation reaches it, e.g. 'val_loss<=1.9'.")
 @click.option("--port", type=int, default=0, help="Where rank 0 listens on loopback; default: a free port.")
+@click.option("--min-nodes", type=int, help="Go on as long as so many workers live, instead of ending with the first.")
+@click.option("--max-nodes", type=int, help="Let workers join, up to so many.")
+@click.option("--faults", type=click.Path(path_type=Path), help="Failures to rehearse, from a faults.toml.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line of stdout.")
 def train(
     job: str,
-    nodes: int | None,
     plan: Path | None,
     settings: tuple[str, ...],
-    on: str,
-    lab: str | None,
     folder: Path | None,
     resume: bool,
-    steps: int | None,
-    epochs: int | None,
-    seconds: float | None,
-    until: str | None,
-    port: int,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Train JOB, named as path.py:function."""
-    limits = Limits()
-    if steps is not None:
-        limits["steps"] = steps
-    if epochs is not None:
-        limits["epochs"] = epochs
-    if seconds is not None:
-        limits["seconds"] = seconds
-    if until is not None:
-        limits["until"] = until
+    limits = Limits(**_given(options, "steps", "epochs", "seconds", "until"))  # type: ignore[typeddict-item]
+    bounds = _given(options, "min_nodes", "max_nodes")
     console = Console(stderr=True)
     target = resolve(job, settings)
-    where = Where(nodes=nodes, on=on, lab=lab, port=port)
+    where = Where(**_given(options, "nodes", "on", "lab", "port", "faults"), bounds=bounds)
     with LiveProgress(console) as progress:
         result = execute(
             target,
@@ -71,6 +62,11 @@ def train(
             notice=console.print,
         )
     _conclude(result, console, as_json=as_json)
+
+
+def _given(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """Those of the options that the command line names."""
+    return {name: options[name] for name in names if options[name] is not None}
 
 
 def _conclude(result: Result, console: Console, *, as_json: bool) -> None:

@@ -71,6 +71,7 @@ def _config(plan: Plan, grid: Grid, rank: int) -> LoopConfig:
         keep_best=plan.checkpoint.best,
         layout=grid.by_axis,
         writes_pieces=grid.index(rank, "replicate") == 0,
+        survives=plan.elastic.min_nodes > 0,
     )
 
 

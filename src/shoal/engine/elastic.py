@@ -1,5 +1,326 @@
-"""stub"""
+"""A rank among others that come and go.
+
+It attends to a coordinator, which says who trains together: a *view*. When a member is lost, the others drop the step
+at hand, connect anew and go on from the last step that was committed; nobody starts again. When a member joins or
+leaves as planned, the next view's connections are made while this one trains on, and all turn to it after the same
+step.
+
+What lasts as long as this process: the model, the optimizer, the data, the checkpoint writer. What lasts as long as a
+view: connections, buckets of gradients, the loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import secrets
+import signal
+import threading
+import time
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+
+from shoal.cluster.attendance import Attendance, Hello
+from shoal.cluster.views import View
+from shoal.engine import build, random_state
+from shoal.engine.assemble import assemble
+from shoal.engine.build import Connected, Parts
+from shoal.engine.checkpoint.archive import Archive
+from shoal.engine.checkpoint.session import CheckpointSession
+from shoal.engine.connecting import Connecting
+from shoal.engine.handover import Roles, hand_over
+from shoal.engine.loop import TURN, Loop, restore
+from shoal.engine.progress import Progress
+from shoal.engine.replicas import make_equal
+from shoal.engine.start import Start, fingerprint, target_of_run
+from shoal.engine.telling import Context, announce, conclude
+from shoal.engine.turnover import Turnover
+from shoal.errors import PeerLostError, RendezvousError
+from shoal.job.job import Job
+from shoal.plan import Plan, for_ranks, load_plan
+from shoal.strategy.layout.grid import arrange
+from shoal.strategy.topology import Topology
+from shoal.wire.blocks import keep_large_blocks
+from shoal.wire.rendezvous import own_address
+
+_COORDINATOR, _TOKEN, _SEAT, _NODE = "SHOAL_COORDINATOR", "SHOAL_TOKEN", "SHOAL_SEAT", "SHOAL_NODE"
+_WORD_S = 0.5  # how often a rank that waits looks whether there is something to tell
 
 
-def is_asked_for(env):
-    return "SHOAL_COORDINATOR" in env
+def is_asked_for(env: Mapping[str, str]) -> bool:
+    """Whether this process was started to attend to a coordinator."""
+    return _COORDINATOR in env
+
+
+def seat_from(env: Mapping[str, str]) -> int:
+    """This process's seat.
+
+    Raises:
+        RendezvousError: the variable is missing or no number.
+    """
+    try:
+        return int(env[_SEAT])
+    except (KeyError, ValueError):
+        raise RendezvousError(
+            f"environment variable {_SEAT} is {env.get(_SEAT)!r}, expected this worker's number among all; start "
+            "workers with `shoal train` or `shoal join`"
+        ) from None
+
+
+def node_from(env: Mapping[str, str]) -> str:
+    """The name of this process's node."""
+    return env.get(_NODE) or os.uname().nodename
+
+
+def work(start: Start) -> None:
+    """Attend, train through view after view, and leave."""
+    keep_large_blocks()
+    os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # loader processes are forked, and never talk to the coordinator
+    rank = _ElasticRank(start, os.environ)
+    try:
+        rank.train()
+    except PeerLostError:
+        raise
+    except BaseException as error:
+        rank.attendance.failed(f"seat {start.seat}: {type(error).__name__}: {error}")
+        raise
+    finally:
+        rank.attendance.close()
+
+
+class _ElasticRank:
+    """One process's course through views."""
+
+    def __init__(self, start: Start, env: Mapping[str, str]) -> None:
+        """Make the job's parts, and say hello."""
+        self._start, self._log = start, start.log
+        self._plan = load_plan(start.run.plan)
+        self._target = target_of_run(start.run)
+        self._job = self._target.load()
+        here = Topology(0, (node_from(env),))
+        self._device = build.choose_device(self._plan.compute, here)
+        build.set_threads(self._plan.compute, here)
+        self._parts = _parts(self._job, self._plan, here, self._device, start.seat)
+        address = own_address(env)
+        self._server = dist.TCPStore(address, 0, None, True, wait_for_workers=False)
+        self._progress: Progress | None = None
+        self._checkpoints: CheckpointSession | None = None
+        self._changed = threading.Condition()
+        self._current: Connecting | None = None
+        self._next: Connecting | None = None
+        self._before: Connecting | None = None
+        self._excluded_from = 0  # the epoch of a view that does without us
+        self._lost_at: float | None = None
+        self._has_begun = False
+        self._coordinator_port = int(env[_COORDINATOR].rsplit(":", 1)[1])
+        self.attendance = Attendance(
+            env[_COORDINATOR],
+            token=env.get(_TOKEN, ""),
+            hello=Hello(
+                run=str(start.run.read_info()["id"]),
+                member=f"{node_from(env)}-{os.getpid()}-{secrets.token_hex(4)}",
+                seat=start.seat,
+                node=node_from(env),
+                store=f"{address}:{self._server.port}",
+                fingerprint=dict(fingerprint(self._plan, self._target)),
+            ),
+            lease_s=self._plan.elastic.lease_s,
+            on_view=self._on_view,
+            log=start.log.write,
+        )
+        signal.signal(signal.SIGTERM, lambda *_: self._hand_in_notice())
+
+    def train(self) -> None:
+        """Go through views until training ends, or this rank has left.
+
+        Raises:
+            RunEnded: another rank's failure, or the launcher's, ended the run.
+        """
+        while (connecting := self._await_view()) is not None:
+            try:
+                if self._train_in(connecting):
+                    return
+            except PeerLostError as error:
+                self._lost_at = self._lost_at or time.perf_counter()
+                connecting.close()
+                self._log.write("view_lost", epoch=connecting.view.epoch, message=str(error))
+                self.attendance.broken(connecting.view.epoch, str(error))
+        self._log.write("left", step=self._progress.step if self._progress else 0)
+
+    def _hand_in_notice(self) -> None:
+        """SIGTERM: this machine is about to be taken away."""
+        alone = self._current is None or len(self._current.view.members) == 1
+        if alone:
+            self._start.stop_request.set()
+        else:
+            self.attendance.leaving()
+
+    def _on_view(self, view: View) -> None:
+        """The coordinator decided who trains together. On its client's thread."""
+        rank = view.rank_of(self._start.seat)
+        with self._changed:
+            if self._next is not None:
+                self._next.cut()
+                self._next = None
+            if not view.planned and self._current is not None:
+                self._lost_at = self._lost_at or time.perf_counter()
+                self._current.cut()
+            if rank is None:
+                self._excluded_from = view.epoch
+            else:
+                plan = for_ranks(self._plan, len(view.members))
+                self._next = Connecting(
+                    view, rank, plan, self._device, on_done=self._notify, exempt_port=self._coordinator_port
+                )
+            self._changed.notify_all()
+
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _is_ready(self) -> bool:
+        """Whether this rank could turn to the next view, or go, after the step at hand."""
+        following, current = self._next, self._current
+        if current is not None and self._excluded_from > current.view.epoch:
+            return True
+        return following is not None and following.view.planned and following.is_ready
+
+    def _await_view(self) -> Connecting | None:
+        """The view to train in next, as soon as it is known; None when others go on without this rank, as planned."""
+        told = ""
+        epoch = self._current.view.epoch if self._current else 0
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._next is not None or self._excluded_from > epoch, _WORD_S)
+                if self._next is not None:
+                    self._current, self._next = self._next, None
+                    return self._current
+                if self._excluded_from > epoch:
+                    return None
+            self.attendance.next_view(epoch, 0.0)  # raises what ended the run
+            if self.attendance.waiting != told:
+                told = self.attendance.waiting
+                self._log.write("waiting", message=told)
+
+    def _connected(self, connecting: Connecting) -> Connected:
+        with self._changed:
+            self._changed.wait_for(lambda: connecting.is_done or self._next is not None)
+        if not connecting.is_done:
+            raise PeerLostError(f"view {connecting.view.epoch} was replaced before it was formed")
+        return connecting.result()
+
+    def _train_in(self, connecting: Connecting) -> bool:
+        """Train in one view; return whether training has ended, and not only this view.
+
+        Raises:
+            PeerLostError: a member was lost; the state is that of the last committed step.
+        """
+        began, view, before = time.perf_counter(), connecting.view, self._before
+        self._before = connecting
+        connected = self._connected(connecting)
+        connected_at = time.perf_counter()
+        shares = connected.plan.batch.shares
+        assert shares is not None
+        loader = self._parts.loader.divided(connected.topology.rank, shares)
+        parts = self._parts = dataclasses.replace(self._parts, loader=loader)
+        checkpoints = self._checkpoints_in(connected)
+        roles = self._take_state(connected, checkpoints)
+        agreed_at = time.perf_counter()
+        if before is not None:
+            before.close()  # not earlier: nobody is there any more who waits for what this rank sent last
+        exchange = build.build_exchange(parts, connected, self._log)
+        assert self._progress is not None
+        turnover = Turnover(self._start.stop_request, self._is_ready, lambda step: self._commit(view.epoch, step))
+        loop = assemble(self._job, parts, connected, exchange, checkpoints, self._progress, turnover, self._log)
+        self.attendance.entered(view.epoch)
+        self._tell_of(view, connected, roles, began, connected_at, agreed_at)
+        context = Context(
+            self._start.run, connected.plan, self._target, connected.world, connected.topology, self._device,
+            self._log, self._start.seat,
+        )  # fmt: skip
+        if not self._has_begun:
+            self._has_begun = True
+            self._started = time.perf_counter()
+            announce(context, loop)
+        return self._follow(loop, context)
+
+    def _follow(self, loop: Loop, context: Context) -> bool:
+        try:
+            reason = loop.run()
+            if reason == TURN:
+                return False
+            with contextlib.suppress(PeerLostError):  # all have what they need
+                context.world.sum([0.0])
+            self.attendance.finished(reason)
+            conclude(context, loop, self._job, reason, time.perf_counter() - self._started)
+            return True
+        except PeerLostError:
+            loop.drop_step()
+            raise
+        finally:
+            self._progress = loop.progress
+            loop.leave_view()
+
+    def _commit(self, epoch: int, step: int) -> None:
+        self._lost_at = None
+        self.attendance.progress(epoch, step)
+
+    def _checkpoints_in(self, connected: Connected) -> CheckpointSession:
+        config = self._plan.checkpoint
+        if self._checkpoints is None:
+            archive = Archive(self._start.run.checkpoints, keep=config.keep, keep_best=config.best)
+            self._checkpoints = CheckpointSession(connected.world, archive, self._log, self._device)
+        else:
+            self._checkpoints.enter(connected.world)
+        return self._checkpoints
+
+    def _take_state(self, connected: Connected, checkpoints: CheckpointSession) -> Roles:
+        """Make all ranks of the view equal: by what some of them hold, by a checkpoint, or by one initial model."""
+        world = connected.world
+        reached, roles = hand_over(world, self._parts, self._progress)
+        if reached is None:
+            state = checkpoints.restore(connected.grid.by_axis) if self._start.resume else None
+            make_equal(self._parts.model, world.everybody)
+            reached = restore(self._parts, state) if state else Progress()
+        self._progress = reached
+        for rank in roles.differing:
+            if world.rank == roles.teller:
+                self._log.write(
+                    "warning",
+                    message=f"rank {rank} held other parameters than the rest after the same step {reached.step}; it "
+                    "was given theirs",
+                )
+        return roles
+
+    def _tell_of(
+        self, view: View, connected: Connected, roles: Roles, began: float, connected_at: float, agreed_at: float
+    ) -> None:
+        assert self._progress is not None
+        now = time.perf_counter()
+        self._log.write(
+            "view",
+            epoch=view.epoch,
+            rank=connected.topology.rank,
+            seats=list(view.seats),
+            nodes=list(connected.topology.nodes),
+            cause=view.cause,
+            planned=view.planned,
+            step=self._progress.step,
+            took_state=connected.topology.rank in roles.takers,
+            givers=len(roles.givers),
+            connect_s=connected_at - began,
+            state_s=agreed_at - connected_at,
+            build_s=now - agreed_at,
+            lost_s=None if self._lost_at is None else now - self._lost_at,
+        )
+
+
+def _parts(job: Job, plan: Plan, here: Topology, device: torch.device, seat: int) -> Parts:
+    """The job's parts as this rank alone would have them; random numbers of its own from here on."""
+    alone = for_ranks(plan, 1)
+    parts = build.build_parts(job, alone, here, arrange(alone.layout, here.nodes), device, None)
+    random_state.seed_all(plan.seed, seat + 1)
+    return parts

@@ -138,7 +138,7 @@ class Loop:
     def leave_view(self) -> None:
         """Let go of this view's connections; parts, progress and checkpoints go on in another loop."""
         self._crew.checkpoints.leave()
-        self._crew.exchange.close()
+        self._crew.exchange.close(wait=True)
         self._crew.parts.replica.clear_gradients()
 
     def drop_step(self) -> None:

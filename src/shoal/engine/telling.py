@@ -14,7 +14,7 @@ import torch
 from shoal._version import __version__
 from shoal.engine import build
 from shoal.engine.loop import Loop
-from shoal.errors import CheckpointError, MachineError, PeerLostError, ShoalError, user_traceback
+from shoal.errors import CheckpointError, MachineError, PeerLostError, RunEnded, ShoalError, user_traceback
 from shoal.events import EventLog
 from shoal.job.job import Job
 from shoal.job.target import Target
@@ -154,5 +154,5 @@ def report(error: BaseException, log: EventLog) -> None:
     print(text, file=sys.stderr, flush=True)
     trace = "" if isinstance(error, ShoalError) else user_traceback(error)
     fields: dict[str, Any] = {"error": type(error).__name__, "message": str(error), "traceback": trace}
-    fields["symptom"] = isinstance(error, PeerLostError)
+    fields["symptom"] = isinstance(error, PeerLostError | RunEnded)
     log.write("error", **fields)

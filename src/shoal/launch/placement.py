@@ -34,8 +34,12 @@ class Seating:
         placements: in order of rank.
         address: where rank 0 listens for the others.
         port: 0 lets the operating system choose (possible only where every rank shares one network stack).
+        coordinator_address: where a coordinator of elastic ranks listens for them.
+        coordinator_prefix: put before its command line, as for a placement.
     """
 
     placements: tuple[Placement, ...]
     address: str
     port: int
+    coordinator_address: str = "127.0.0.1"
+    coordinator_prefix: tuple[str, ...] = ()

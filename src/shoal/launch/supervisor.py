@@ -1,29 +1,23 @@
 """Starts the workers of one run, watches them, and reports their end.
 
-Workers live in sessions of their own, so that a Ctrl-C reaches only the supervisor, which asks them for a clean stop.
-Each holds our pipe as its standard input and ends at once when the pipe does: nothing outlives the launcher, not even
-one that was killed by `kill -9`. When one worker fails, the others have a few seconds to notice and are then killed.
+When one worker fails, the others have a few seconds to notice and are then killed.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import FrameType
-from typing import Any
 
 from shoal.errors import RendezvousError
 from shoal.events import Event, EventLog, EventReader
 from shoal.launch.failure import explain
 from shoal.launch.placement import Placement, Seating
+from shoal.launch.processes import ask_to_stop, collect, kill_group, open_process, signals
 from shoal.run import Run
 
 _POLL_S = 0.1
@@ -81,18 +75,16 @@ class Supervisor:
         self._since = time.time()
         reader = EventReader(self._run.events)
         reader.poll()  # a resumed run's past
-        handlers = self._take_signals()
-        try:
-            with EventLog(self._run.events / "launcher.jsonl", "launcher") as log:
-                self._start()
-                self._follow(reader, log)
-                self._watch(reader.poll())
-            if self._failed:
-                raise explain(self._run, self._failed, since=self._since)
-        finally:
-            self._kill()
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+        with signals(self._on_signal):
+            try:
+                with EventLog(self._run.events / "launcher.jsonl", "launcher") as log:
+                    self._start()
+                    self._follow(reader, log)
+                    self._watch(reader.poll())
+                if self._failed:
+                    raise explain(self._run, self._failed, since=self._since)
+            finally:
+                self._kill()
 
     def _start(self) -> None:
         listener = _listen(self._seating) if self._seating.port == 0 or not self._seating.placements[0].prefix else None
@@ -133,16 +125,7 @@ class Supervisor:
         }
 
     def _open(self, command: list[str], env: dict[str, str], name: str, handed: int | None) -> subprocess.Popen[bytes]:
-        with (self._run.logs / f"{name}.log").open("ab") as output:
-            return subprocess.Popen(
-                command,
-                env=env,
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                pass_fds=(handed,) if handed is not None else (),
-            )
+        return open_process(command, env, self._run.logs / f"{name}.log", handed)
 
     def _follow(self, reader: EventReader, log: EventLog) -> None:
         deadline: float | None = None
@@ -170,37 +153,24 @@ class Supervisor:
         if any(server.poll() == 1 for server in self._servers):
             raise explain(self._run, {}, since=self._since)
 
-    def _take_signals(self) -> dict[int, Any]:
-        """Ctrl-C, SIGTERM and a closed terminal ask for a clean stop, a second time for an immediate one."""
-        if threading.current_thread() is not threading.main_thread():
-            return {}
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        return {number: signal.signal(number, self._on_signal) for number in numbers}
-
-    def _on_signal(self, number: int, _: FrameType | None) -> None:
+    def _on_signal(self) -> None:
+        """A first time ask for a clean stop, a second time for an immediate one."""
         self._interrupts += 1
         if self._interrupts == 1:
             self._notice("stopping after this step and saving a checkpoint; once more stops at once")
             for worker in self._workers:
-                _ask_to_stop(worker.process)
+                ask_to_stop(worker.process)
 
     def _kill(self) -> None:
         """Kill what still runs, with the processes it started, and collect it."""
         for worker in self._workers:
             if worker.process.poll() is None:
                 worker.killed = True
-                _kill_group(worker.process.pid)
+                kill_group(worker.process.pid)
         for worker in self._workers:
-            worker.process.wait()
-            _kill_group(worker.process.pid)  # a data loader's process, say, whose parent is gone
-            if worker.process.stdin is not None:
-                worker.process.stdin.close()
+            collect(worker.process)
         for server in self._servers:
-            if server.poll() is None:
-                _kill_group(server.pid)
-            server.wait()
-            if server.stdin is not None:
-                server.stdin.close()
+            collect(server)
 
 
 def _listen(seating: Seating) -> socket.socket:
@@ -217,15 +187,3 @@ def _listen(seating: Seating) -> socket.socket:
             "out to have a free one chosen"
         ) from None
     return listener
-
-
-def _ask_to_stop(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(BrokenPipeError, ValueError):  # it may have ended already
-        if process.stdin is not None:
-            process.stdin.write(b"stop\n")
-            process.stdin.flush()
-
-
-def _kill_group(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)

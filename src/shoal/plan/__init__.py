@@ -3,6 +3,7 @@
 from shoal.plan.resolve import (
     check_resumable,
     dump_plan,
+    for_ranks,
     load_plan,
     num_ranks,
     num_servers,
@@ -17,6 +18,7 @@ __all__ = [
     "Plan",
     "check_resumable",
     "dump_plan",
+    "for_ranks",
     "load_plan",
     "num_ranks",
     "num_servers",

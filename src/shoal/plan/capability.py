@@ -38,6 +38,7 @@ def check(plan: Plan, world_size: int) -> None:
             "gradients are summed in every step; take sync allreduce, or leave it out"
         )
     _check_layout(plan)
+    _check_elastic(plan, world_size)
     for kind, verify in _CHECKS.items():
         if plan.sync.kind == kind:
             verify(plan, world_size)
@@ -79,6 +80,33 @@ def _check_layout(plan: Plan) -> None:
     if layout.pipeline > 1 and plan.compute.precision == "bf16" and layout.shard > 1:
         raise PlanError(
             "layout.pipeline with layout.shard and compute.precision bf16 is not supported yet; take fp32, or one axis"
+        )
+
+
+def _check_elastic(plan: Plan, world_size: int) -> None:
+    elastic = plan.elastic
+    if not elastic.min_nodes:
+        return
+    most = world_size if elastic.max_nodes is None else elastic.max_nodes
+    if plan.sync.kind != "allreduce":
+        raise PlanError(
+            f"elastic.min_nodes does not fit sync {plan.sync.kind} yet: only all-reduce is known to go on from the "
+            "last step that all have committed; take sync allreduce, or leave min_nodes out"
+        )
+    if plan.layout.ranks_per_replica > 1:
+        raise PlanError(
+            "elastic.min_nodes does not fit a divided replica yet: the loss of one of its ranks loses values that no "
+            "other holds; take layout.replicate alone, or leave min_nodes out"
+        )
+    if plan.codec.variance_every:
+        raise PlanError(
+            "elastic.min_nodes does not fit codec.variance_every: a newcomer has no momentum in units of a second "
+            "moment; leave one of the two out"
+        )
+    if plan.batch.size < most:
+        raise PlanError(
+            f"batch.size is {plan.batch.size}, fewer than the {most} workers there may be (elastic.max_nodes); set at "
+            f"least {most}"
         )
 
 

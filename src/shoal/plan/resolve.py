@@ -86,6 +86,16 @@ def num_ranks(plan: Plan) -> int:
     return math.prod(getattr(plan.layout, axis) or 1 for axis in AXES)
 
 
+def for_ranks(plan: Plan, world_size: int) -> Plan:
+    """A resolved plan of whole replicas for another number of them, with equal shares.
+
+    Raises:
+        PlanError: it does not fit so many.
+    """
+    layout, batch = dataclasses.replace(plan.layout, replicate=None), dataclasses.replace(plan.batch, shares=None)
+    return resolve_plan(dataclasses.replace(plan, layout=layout, batch=batch), world_size)
+
+
 def num_servers(plan: Plan) -> int:
     """How many parameter servers a plan wants beside its workers."""
     return plan.sync.servers if isinstance(plan.sync, ParameterServerConfig) else 0

@@ -104,6 +104,24 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ElasticConfig:
+    """`[elastic]`: nodes come and go.
+
+    Attributes:
+        min_nodes: with fewer workers training waits; 0: no worker may be lost, the first failure ends the run.
+        max_nodes: more workers than this wait for a place; default: as many as come.
+        lease_s: a worker silent for so long is lost. One that dies is noticed at once.
+        restarts: how often the launcher starts a worker again in the place of one that died.
+    """
+
+    __pydantic_config__: ClassVar = STRICT
+    min_nodes: Count = 0
+    max_nodes: Positive | None = None
+    lease_s: Annotated[float, Field(gt=0, le=3600)] = 3.0
+    restarts: Count = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class StopConfig:
     """`[stop]`: when training ends: at whichever limit is met first; without any, after one epoch.
 
@@ -139,4 +157,5 @@ class Plan:
     data: DataConfig = field(default_factory=DataConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    elastic: ElasticConfig = field(default_factory=ElasticConfig)
     stop: StopConfig = field(default_factory=StopConfig)

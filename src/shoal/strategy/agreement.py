@@ -1,7 +1,7 @@
 """The vector that all ranks sum so that they decide alike: what it holds, and how often it leaves.
 
-[loss, votes to stop, votes to turn to the next view, a flag a rank, seconds a rank], float64. Where ranks wait for each other in every step it leaves in every step;
-otherwise every so often, in the background.
+[loss, votes to stop, votes to turn to the next view, a flag a rank, seconds a rank], float64. Where ranks wait for each
+other in every step it leaves in every step; otherwise every so often, in the background.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import stat
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,18 @@ from shoal.errors import PeerLostError
 
 SILENCE_TIMEOUT_S = 1800.0
 """A peer silent for longer than this counts as lost; one that dies is noticed at once, by its closed connection."""
+_SILENCE = timedelta(seconds=SILENCE_TIMEOUT_S)
 _DESCRIPTORS = Path("/proc/self/fd")
 
 
 class Group:
     """Some ranks of a view. One thread at a time; ranks are places in `members`, whose values are global ranks."""
 
-    def __init__(self, backends: dict[str, Any], members: Sequence[int], rank: int) -> None:
-        """`backends`: by type of device."""
+    def __init__(
+        self, backends: dict[str, Any], members: Sequence[int], rank: int, timeout: timedelta | None = None
+    ) -> None:
+        """`backends`: by type of device. `timeout`: of one message; the other operations have the backends' own."""
+        self._timeout = timeout
         self.members = list(members)
         self.index = self.members.index(rank)
         self._backends = backends
@@ -64,18 +69,36 @@ class Group:
 
     def send(self, tensor: Tensor, to: int) -> Any:
         """Begin to send to member `to`; returns what to `wait` for."""
-        return self._of(tensor).send([tensor], to, 0)
+        return _Message(self._of(tensor).send([tensor], to, 0), self._timeout)
 
     def receive(self, tensor: Tensor, source: int) -> Any:
         """Begin to receive from member `source`; returns what to `wait` for."""
-        return self._of(tensor).recv([tensor], source, 0)
+        return _Message(self._of(tensor).recv([tensor], source, 0), self._timeout)
 
     def barrier(self) -> None:
         """Wait until every member is here."""
         next(iter(self._backends.values())).barrier().wait()
 
+    def close(self) -> None:
+        """Let the library close what nobody uses any more."""
+        self._backends.clear()
+
     def _of(self, tensor: Tensor) -> Any:
         return self._backends[tensor.device.type]
+
+
+@dataclass(frozen=True)
+class _Message:
+    """One on its way. Gloo gives messages the timeout of connecting, unless it is told another."""
+
+    work: Any
+    timeout: timedelta | None
+
+    def wait(self) -> None:
+        if self.timeout is None:
+            self.work.wait()
+        else:
+            self.work.wait(self.timeout)
 
 
 class World:
@@ -85,7 +108,6 @@ class World:
         rank: this process's.
         size: the number of ranks.
         store: shared by all ranks of the view, and by no other view.
-        everybody: the group of all ranks, for the main thread.
     """
 
     def __init__(
@@ -95,29 +117,42 @@ class World:
         size: int,
         device: torch.device,
         *,
-        timeout_s: float = SILENCE_TIMEOUT_S,
+        connect_timeout_s: float = SILENCE_TIMEOUT_S,
         exempt_ports: Sequence[int] = (),
     ) -> None:
-        """Connect to all other ranks. Collective.
+        """Nothing is connected before `connect`.
 
         Args:
-            timeout_s: how long an operation may wait for a silent peer.
+            connect_timeout_s: how long to wait for a peer that does not connect.
             exempt_ports: connections from or to these are others' and survive a cut.
-
-        Raises:
-            PeerLostError: a rank could not be reached.
         """
         self.rank = rank
         self.size = size
         self.store = store
         self._device = device
-        self._timeout = timedelta(seconds=timeout_s)
+        self._connect_timeout = timedelta(seconds=connect_timeout_s)
         self._exempt = frozenset(exempt_ports)
         self._lock = threading.Lock()
         self._sockets: dict[int, int] = {}
         self._on_cut: list[Callable[[], None]] = []
+        self._on_close: list[Callable[[], None]] = []
+        self._groups: list[Group] = []
         self._is_cut = False
-        self.everybody = self.group("everybody", range(size))
+        self._everybody: Group | None = None
+
+    def connect(self) -> None:
+        """Connect to all other ranks. Collective.
+
+        Raises:
+            PeerLostError: a rank could not be reached.
+        """
+        self._everybody = self.group("everybody", range(self.size))
+
+    @property
+    def everybody(self) -> Group:
+        """The group of all ranks, for the main thread."""
+        assert self._everybody is not None, "connect first"
+        return self._everybody
 
     @property
     def is_cut(self) -> bool:
@@ -134,16 +169,17 @@ class World:
         index = list(members).index(self.rank)
         with self._lock, failures_as_lost_peers(f"connecting ranks {list(members)}"):
             before = _open_sockets()
-            backends: dict[str, Any] = {
-                "cpu": dist.ProcessGroupGloo(dist.PrefixStore("cpu", store), index, len(members), self._timeout)
-            }
+            gloo = dist.ProcessGroupGloo(dist.PrefixStore("cpu", store), index, len(members), self._connect_timeout)
+            gloo._set_default_timeout(_SILENCE)
+            backends: dict[str, Any] = {"cpu": gloo}
             if self._device.type == "cuda":
                 options = dist.ProcessGroupNCCL.Options()
-                options._timeout = self._timeout
+                options._timeout = _SILENCE
                 nccl = dist.ProcessGroupNCCL(dist.PrefixStore("cuda", store), index, len(members), options)
                 backends["cuda"] = nccl
             self._sockets |= {fd: inode for fd, inode in _open_sockets().items() if before.get(fd) != inode}
-        group = Group(backends, members, self.rank)
+        group = Group(backends, members, self.rank, _SILENCE)
+        self._groups.append(group)
         if self._is_cut:
             self._shut_down()
             raise PeerLostError(f"connecting ranks {list(members)} failed: the view was cut meanwhile")
@@ -173,6 +209,21 @@ class World:
         for action in list(self._on_cut):
             action()
         self._shut_down()
+
+    def on_close(self, action: Callable[[], None]) -> None:
+        """Call `action` in `close`."""
+        self._on_close.append(action)
+
+    def close(self) -> None:
+        """Cut, and give sockets and memory back. Nothing of this view may be in use any more."""
+        self.cut()
+        for action in self._on_close:
+            action()
+        self._on_close.clear()
+        for group in self._groups:
+            group.close()
+        self._groups.clear()
+        self._sockets.clear()
 
     def _shut_down(self) -> None:
         for descriptor, inode in list(self._sockets.items()):

@@ -103,7 +103,9 @@ def connect(membership: Membership, device: torch.device) -> World:
         PeerLostError: a rank could not be reached.
     """
     identity = membership.identity
-    return World(membership.store, identity.rank, identity.world_size, device)
+    world = World(membership.store, identity.rank, identity.world_size, device)
+    world.connect()
+    return world
 
 
 def start_default_group(membership: Membership, device: torch.device) -> None:

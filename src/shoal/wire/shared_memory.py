@@ -110,6 +110,13 @@ class SharedMemoryTransport:
         for peer in self._peers.values():
             peer.close()
 
+    def unmap(self) -> None:
+        """Give the memory back: no tensor that `allocate` made may be used any more."""
+        for mapping in self._mappings:
+            mapping.close()
+        self._mappings.clear()
+        self._allocations.clear()
+
     def _sum_own_slice(self, shared: _Shared) -> None:
         total = shared.files[self._index]
         others = [file for index, file in enumerate(shared.files) if index != self._index]

@@ -1,7 +1,8 @@
 """What all ranks must know about a step before it counts: a few numbers, summed exactly while backward runs.
 
 They carry the loss, a flag for each rank whose loss is not finite, votes, and how long each rank computed. Every rank
-reads the same sums, so all decide alike. They leave before the gradients: behind them they would wait in the queues of a slow link.
+reads the same sums, so all decide alike. They leave before the gradients: behind them they would wait in the queues of
+a slow link.
 """
 
 from __future__ import annotations

@@ -119,8 +119,8 @@ class ReplicaExchange(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`'s value."""
 
-    def close(self) -> None:
-        """End threads and transports."""
+    def close(self, *, wait: bool = False) -> None:
+        """End threads and transports. `wait`: until the threads have ended; else a thread may wait for a lost peer."""
 
 
 class OnLanes:
@@ -142,10 +142,10 @@ class OnLanes:
     def settle(self) -> None:
         """Nothing is under way between meetings."""
 
-    def close(self) -> None:
+    def close(self, *, wait: bool = False) -> None:
         """End the communication threads and their transports."""
         for lane in self._lanes:
-            lane.close()
+            lane.close(wait=wait)
 
 
 def copied(state: Any) -> Any:

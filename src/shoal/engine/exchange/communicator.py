@@ -67,9 +67,9 @@ class Lane:
             torch.cuda.current_stream().wait_stream(self._stream)
         return value
 
-    def close(self) -> None:
-        """End the thread and its transports; what is still queued is dropped."""
-        self._executor.shutdown(wait=False, cancel_futures=True)
+    def close(self, *, wait: bool = False) -> None:
+        """End the thread and its transports; what is still queued is dropped. `wait`: for what has begun."""
+        self._executor.shutdown(wait=wait, cancel_futures=not wait)
         for transport in self.transports.values():
             transport.close()
 

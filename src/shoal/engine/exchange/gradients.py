@@ -37,11 +37,12 @@ class GradientExchange(OnLanes):
         self._sync, self._coder, self._replica = sync, coder, wiring.replica
         super().__init__(wiring)
         self._group = NODE if sync.hierarchical else WORLD
-        self._buckets = GradientBuckets(wiring.replica, bucket_bytes(sync.config.bucket_mb), self._allocate, self._send)
         rank, world_size = wiring.topology.rank, wiring.topology.world_size
         allocate = functools.partial(self._allocate, 0)
         self._agreement = Agreement(rank, world_size, allocate)
         self._square = Bucket.over("clipping", allocate(1, torch.float64), 1)
+        # Last: if a peer is lost meanwhile, no hook must stay behind.
+        self._buckets = GradientBuckets(wiring.replica, bucket_bytes(sync.config.bucket_mb), self._allocate, self._send)
         self._adam: CompressedAdam | None = None
         if coder is not None and coder.options.variance_every and sync.codec_acts:
             self._adam = CompressedAdam(wiring.optimizer, self._buckets, coder)
@@ -142,12 +143,12 @@ class GradientExchange(OnLanes):
         if self._adam is not None and "adam" in state:
             self._adam.load_state_dict(state["adam"])
 
-    def close(self) -> None:
+    def close(self, *, wait: bool = False) -> None:
         """End the communication threads and their transports."""
         self._buckets.close()
         if self._adam is not None:
             self._adam.close()
-        super().close()
+        super().close(wait=wait)
 
     def _lane_of(self, index: int) -> Lane:
         return self._lanes[index % len(self._lanes)]

@@ -125,7 +125,7 @@ class PairsExchange(GossipExchange):
         self._show()
         return super().state_dict()
 
-    def close(self) -> None:
+    def close(self, *, wait: bool = False) -> None:
         """End the threads and connections."""
         self._closing.set()
         self._answerer.join(timeout=5)
@@ -133,7 +133,7 @@ class PairsExchange(GossipExchange):
         for link in self._links:
             link.close()
         self._context.destroy(linger=0)
-        super().close()
+        super().close(wait=wait)
 
     def _means(self) -> list[Tensor]:
         self._show()

@@ -179,12 +179,12 @@ class ServersExchange:
         for remote in self._remote.values():
             remote.clock = state["clock"]
 
-    def close(self) -> None:
+    def close(self, *, wait: bool = False) -> None:
         """End the servers and the connections to them."""
         if self._rank == 0:
             self._client.stop_servers()
         self._client.close()
-        self._lane.close()
+        self._lane.close(wait=wait)
 
     def _connect(self) -> ServerClient:
         keys = [f"server/{index}" for index in range(self._config.servers)]

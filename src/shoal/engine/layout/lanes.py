@@ -49,6 +49,7 @@ class Lanes:
             timeout_s=SILENCE_TIMEOUT_S,
         )
         self._world.on_cut(transport.cut)
+        self._world.on_close(transport.unmap)
         return transport
 
     def _neighbours(self) -> list[int]:

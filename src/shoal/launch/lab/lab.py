@@ -17,12 +17,13 @@ from pathlib import Path
 from types import TracebackType
 
 from shoal.cluster.description import Cluster, Node
+from shoal.errors import LabError
 from shoal.launch.lab import quota, sweep
 from shoal.launch.lab.check import Measured, check
 from shoal.launch.lab.claim import Claim, claim_new
 from shoal.launch.lab.namespace import INTERFACE, Network
 from shoal.launch.lab.rights import require_rights
-from shoal.launch.lab.shaping import shape
+from shoal.launch.lab.shaping import reshape, shape
 from shoal.launch.placement import Placement, Seating
 
 _PORT = 29400
@@ -102,7 +103,13 @@ class Lab:
             )
             for rank, (node, local_rank) in enumerate(seats)
         )
-        return Seating(placements=placements, address=network.address(network.nodes[0]), port=_PORT)
+        return Seating(
+            placements=placements,
+            address=network.address(network.nodes[0]),
+            port=_PORT,
+            coordinator_address=self.switch_address,
+            coordinator_prefix=self.switch_prefix(),
+        )
 
     def counters(self) -> dict[str, tuple[int, int]]:
         """Each node's (sent, received) bytes on its link so far; take the difference of two calls.
@@ -113,6 +120,49 @@ class Lab:
         network = self._up()
         return {name: network.counters(name) for name in network.nodes}
 
+    @property
+    def switch_address(self) -> str:
+        """The switch's own IPv4 address, which every node reaches through its own link."""
+        return self._up().switch_address
+
+    def switch_prefix(self) -> tuple[str, ...]:
+        """The words to put before a command so that it runs at the switch: on no node, with no quota of any."""
+        return _in_namespace(self._up().switch)
+
+    def cut(self, node: str) -> None:
+        """Lose whatever a node sends or is sent, without a word to anybody, until `restore`.
+
+        Raises:
+            LabError: the kernel refused.
+        """
+        self._up().connect(node, False)
+
+    def restore(self, node: str) -> None:
+        """End a cut; the link has the rate it had. TCP goes on when it next tries again, later after a longer cut.
+
+        Raises:
+            LabError: the kernel refused.
+        """
+        self._up().connect(node, True)
+
+    def set_rate(self, node: str, bits_per_s: float | None) -> None:
+        """Give a node's link another rate, both ways; None leaves it unshaped. What waits at its ends is lost.
+
+        Raises:
+            LabError: the kernel refused.
+        """
+        reshape(self._up(), node, bits_per_s)
+
+    def set_cpu(self, node: str, cpu: float) -> None:
+        """Give a node another quota, in cores' worth of CPU time; it must have been declared with one.
+
+        Raises:
+            LabError: the node has no quota, or `cpu` is less than 0.001.
+        """
+        if node not in self._groups:
+            raise LabError(f"{node} was declared without cpu=, so it has no quota to change")
+        quota.require_controller().change(self._groups[node], cpu)
+
     def _up(self) -> Network:
         if self._network is None:
             raise RuntimeError("the lab is not up: use it inside `with Lab(cluster) as lab:`")
@@ -122,7 +172,11 @@ class Lab:
         # The group first: `ip netns exec` lays a fresh /sys over the one that shows control groups.
         group = self._groups.get(node.name)
         entry = () if group is None else quota.entry(group)
-        return (*entry, "ip", "netns", "exec", self._up().namespace(node.name))
+        return (*entry, *_in_namespace(self._up().namespace(node.name)))
+
+
+def _in_namespace(name: str) -> tuple[str, ...]:
+    return ("ip", "netns", "exec", name)
 
 
 def _environment(node: Node, num_nodes: int) -> dict[str, str]:

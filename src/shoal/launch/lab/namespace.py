@@ -30,6 +30,9 @@ HOSTS = Path("/etc/netns")
 
 _NETWORK = ipaddress.ip_network("10.77.0.0/16")
 _BRIDGE = "br0"
+_DISABLED, _FORWARDING = 0, 3
+"""States of a bridge's port: in the first it takes no frame in and lets none out."""
+
 _CONGESTION_CONTROL = "cubic"
 _AVAILABLE = Path("/proc/sys/net/ipv4/tcp_available_congestion_control")
 _CLONE_NEWNET = 0x40000000
@@ -77,7 +80,7 @@ class Network:
         return [f"netns add {space}" for space in spaces] + links
 
     def _switch_side(self) -> Batch:
-        lines = [f"link add {_BRIDGE} type bridge mcast_snooping 0"]
+        lines = ["link set lo up", f"link add {_BRIDGE} type bridge mcast_snooping 0"]
         lines += _addressed(_BRIDGE, self.switch_address)
         for node in self.nodes:
             lines += [f"link set {self.port(node)} master {_BRIDGE}", *_up(self.port(node))]
@@ -100,6 +103,16 @@ class Network:
             (directory / "hosts").write_text("\n".join(lines) + "\n")
         except OSError as mistake:
             raise LabError(f"cannot write {directory / 'hosts'}: {mistake.strerror}") from None
+
+    def connect(self, node: str, connected: bool) -> None:
+        """Let the switch pass a node's frames, or drop them without a word; both ends of the link stay up.
+
+        Raises:
+            LabError: `ip` refused.
+        """
+        state = _FORWARDING if connected else _DISABLED
+        line = f"link set dev {self.port(node)} type bridge_slave state {state}"
+        run_batches([Batch(tool="ip", lines=[line], namespace=self.switch)])
 
     def counters(self, node: str) -> tuple[int, int]:
         """A node's (sent, received) bytes since its interface was made."""

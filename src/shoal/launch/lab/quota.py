@@ -45,10 +45,22 @@ class CpuController:
         Raises:
             LabError: the quota is too small to set, or the kernel refused.
         """
-        quota_us, period_us = _quota(cpu)
         group = self.root / name
         try:
             group.mkdir(exist_ok=True)
+        except OSError as mistake:
+            raise LabError(f"cannot make the control group {group}: {mistake.strerror}; {_REMEDY}") from None
+        self.change(group, cpu)
+        return group
+
+    def change(self, group: Path, cpu: float) -> None:
+        """Give the processes of a group `cpu` cores' worth of time from now on.
+
+        Raises:
+            LabError: the quota is too small to set, or the kernel refused.
+        """
+        quota_us, period_us = _quota(cpu)
+        try:
             if self.version == 2:
                 (group / "cpu.max").write_text(f"{quota_us} {period_us}")
             else:
@@ -56,7 +68,6 @@ class CpuController:
                 (group / "cpu.cfs_quota_us").write_text(str(quota_us))
         except OSError as mistake:
             raise LabError(f"cannot set a quota of {cpu:g} CPU at {group}: {mistake.strerror}; {_REMEDY}") from None
-        return group
 
     def groups(self) -> list[Path]:
         """All groups at the root, of labs and of others."""

@@ -5,6 +5,8 @@ A node's own end limits what it sends; the switch's end limits what it receives.
 
 from __future__ import annotations
 
+import math
+
 from shoal.cluster.description import Node
 from shoal.launch.lab.iproute import Batch, run_batches
 from shoal.launch.lab.namespace import INTERFACE, Network
@@ -47,13 +49,29 @@ def shape(network: Network, nodes: tuple[Node, ...]) -> None:
     run_batches([switch, *ends, *segments])
 
 
-def _segments(interface: str, rate_bits_per_s: float) -> str:
+def reshape(network: Network, node: str, rate_bits_per_s: float | None) -> None:
+    """Give the link of one node another rate in both directions, or none; what waits at its ends is lost.
+
+    Raises:
+        LabError: `tc` refused.
+    """
+    ends = ((network.port(node), network.switch), (INTERFACE, network.namespace(node)))
+    queues = [
+        Batch(tool="tc", lines=_another_limit(interface, rate_bits_per_s), namespace=namespace)
+        for interface, namespace in ends
+    ]
+    segments = Batch(tool="ip", lines=[_segments(INTERFACE, rate_bits_per_s)], namespace=network.namespace(node))
+    run_batches([*queues, segments])
+
+
+def _segments(interface: str, rate_bits_per_s: float | None) -> str:
     """Let TCP hand over no more at once than the bucket lets through, at least a frame.
 
     The kernel would cut it up, and each frame would then cost an interrupt at either end of the link: with four nodes
     at 100 Mbit/s an eighth of two cores, which real network cards would not take from training.
     """
-    size_bytes = min(max(rate_bits_per_s / 8 * _BURST_S, FRAME_BYTES), _LARGEST_SEGMENT_BYTES)
+    passed_bytes = math.inf if rate_bits_per_s is None else rate_bits_per_s / 8 * _BURST_S
+    size_bytes = min(max(passed_bytes, FRAME_BYTES), _LARGEST_SEGMENT_BYTES)
     return f"link set dev {interface} gso_max_size {size_bytes:.0f}"
 
 
@@ -62,6 +80,14 @@ def _limit(interface: str, rate_bits_per_s: float) -> str:
     burst_bytes = max(rate_bytes_per_s * _BURST_S, _BURST_FRAMES * FRAME_BYTES)
     queue_bytes = burst_bytes + max(rate_bytes_per_s * _QUEUE_S, _QUEUE_BYTES)
     return (
-        f"qdisc add dev {interface} root tbf rate {rate_bits_per_s:.0f}bit"
+        f"qdisc replace dev {interface} root tbf rate {rate_bits_per_s:.0f}bit"
         f" burst {burst_bytes:.0f} limit {queue_bytes:.0f}"
     )
+
+
+def _another_limit(interface: str, rate_bits_per_s: float | None) -> list[str]:
+    """By way of a plain queue: a bucket made smaller while it holds a longer segment would never send that."""
+    plain = f"qdisc replace dev {interface} root pfifo"
+    if rate_bits_per_s is None:
+        return [plain, f"qdisc del dev {interface} root"]
+    return [plain, _limit(interface, rate_bits_per_s)]
