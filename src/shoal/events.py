@@ -6,7 +6,7 @@ needed and `kill -9` loses at most a line that was being written. Every event ha
 
 | kind | written by | fields beside `t`, `source`, `kind` |
 |---|---|---|
-| run_started | every rank | plan_hash, job, arguments, world_size, node, device, num_parameters, |
+| run_started | every rank | attempt (its id), plan_hash, job, arguments, world_size, node, device, num_parameters, |
 |  |  | steps_per_epoch, torch, shoal, stop |
 | resumed | rank 0 | step, checkpoint |
 | step | every rank | step, epoch, first (the batch's first position in the epoch's order), loss (global mean), lr, |
@@ -17,6 +17,15 @@ needed and `kill -9` loses at most a line that was being written. Every event ha
 | layout | rank 0 | sentences: where each axis came to lie, and what became of the model |
 | bubble | rank | measured, theoretical: the part of a pipeline's time in which the rank computed nothing, 0 to 1 |
 | consensus | rank 0 | step, distance (root mean square over ranks of the 2-norm from the mean of all replicas) |
+| coordinator_started | launcher | address |
+| coordinator_found | every rank | seat, epoch, away_s: that the coordinator was not heard of |
+| coordinator_lost | every rank | message |
+| waiting | every rank | message: what the coordinator waits for before it makes a view |
+| view | every rank | epoch, rank, seats, nodes, cause, planned, step, took_state, givers (ranks that gave theirs), |
+|  |  | connect_s, state_s, build_s, lost_s (since a loss was noticed; null: none was) |
+| view_lost | any rank | epoch, message: how it showed here |
+| left | any rank | step |
+| caught_up | any rank | step, steps (taken at once), seconds: a newcomer holds what all hold |
 | server_started | every server | address, mode |
 | validation | rank 0 | step, loss, metrics {name: value}, seconds, best (bool) |
 | checkpoint_saved | rank 0 | step, path (relative to the run), size_bytes, stall_s, write_s |

@@ -159,6 +159,10 @@ class World:
     def causes(self) -> list[str]:
         return [view.cause for view in self.views]
 
+    @property
+    def state(self) -> str:
+        return str(self.machine.status()["state"])
+
     def seats(self) -> list[int]:
         """Those of the newest view."""
         return list(self.view.seats)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 
 import pytest
-
 from membership_world import FINGERPRINT, World
+
 from shoal.cluster.membership import Membership
 from shoal.cluster.membership_events import Arrived, Disconnected, Entered, Rules, Send, Tick, event_of
 from shoal.cluster.views import View, ViewMember
@@ -387,9 +387,9 @@ def test_a_restarted_coordinator_takes_its_members_back_without_a_new_view() -> 
     world = running()
     world.restart()
     world.come("b", "a")
-    assert world.machine.state == "recovering"
+    assert world.state == "recovering"
     world.come("c")
-    assert world.machine.state == "running"
+    assert world.state == "running"
     world.wait(10.0)
     assert world.view.epoch == 1
     assert [m.seat for m in world.members.values()] == [0, 1, 2]
@@ -511,7 +511,7 @@ def test_whatever_happens_views_are_sound_and_all_who_live_end_in_one(block: int
             world.calm()
             check_end(world)
         except BaseException:
-            print("seed", seed, world.causes, world.machine.status())
+            print("seed", seed, world.rules, world.causes, world.machine.status())
             raise
         num_views += len(world.views)
         num_ended += world.over
@@ -527,7 +527,7 @@ def check_end(world: World) -> None:
         return
     staying = [seat for seat, member in living.items() if not member.leaving]
     if len(living) < world.rules.min_nodes:
-        assert world.machine.state in ("forming", "short")
+        assert world.state in ("forming", "short")
         return
     if not staying:
         return
@@ -535,6 +535,6 @@ def check_end(world: World) -> None:
     if world.views or len(staying) >= world.rules.min_nodes:
         assert len(world.seats()) == wanted, (world.seats(), staying)
         assert set(world.seats()) <= set(living)
-        assert world.machine.state == "running"
+        assert world.state == "running"
         for seat in world.seats():
             assert living[seat].view == world.view  # type: ignore[index]

@@ -22,6 +22,7 @@ from shoal.wire.control import ControlClient
 _BEATS_A_LEASE = 4
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 0.5
+_MAX_TEXT = 10_000  # characters of a reason: a message too large would be refused, and said again, for ever
 _FAREWELL_S = 2.0  # for what has not been delivered when we close
 
 
@@ -76,6 +77,8 @@ class Attendance:
         """
         self._hello = hello
         self._beat_s = lease_s / _BEATS_A_LEASE
+        # After a restart of the coordinator we have one lease to come back in.
+        self._longest_pause_s = min(_LONGEST_PAUSE_S, lease_s / 8)
         self._on_view = on_view
         self._log = log
         self._connect = functools.partial(ControlClient, address, token=token, authority=authority)
@@ -115,7 +118,7 @@ class Attendance:
             RunEnded: the run is over.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._seat is not None or self._refusal or self._end, timeout_s)
+            self._changed.wait_for(lambda: self._seat is not None or self._is_over(), timeout_s)
             self._raise_end()
             if self._seat is None:
                 told = f" ({self.waiting})" if self.waiting else ""
@@ -138,7 +141,7 @@ class Attendance:
             return self.latest if self.latest is not None and self.latest.epoch > after_epoch else None
 
         with self._changed:
-            self._changed.wait_for(lambda: newer() or self._refusal or self._end or self._closing, timeout_s)
+            self._changed.wait_for(lambda: newer() or self._is_over(), timeout_s)
             self._raise_end()
             return newer()
 
@@ -154,7 +157,7 @@ class Attendance:
 
     def broken(self, epoch: int, reason: str) -> None:
         """An exchange failed in view `epoch`; we wait for a new one."""
-        self._say("broken", epoch=epoch, reason=reason)
+        self._say("broken", epoch=epoch, reason=reason[:_MAX_TEXT])
 
     def leaving(self) -> None:
         """We want to hand over and go."""
@@ -162,11 +165,11 @@ class Attendance:
 
     def finished(self, reason: str) -> None:
         """Training has come to its end."""
-        self._say("finished", reason=reason)
+        self._say("finished", reason=reason[:_MAX_TEXT])
 
     def failed(self, message: str) -> None:
         """We failed by our own fault, and the whole run must end."""
-        self._say("failed", message=message)
+        self._say("failed", message=message[:_MAX_TEXT])
 
     def close(self) -> None:
         """Deliver what was said, if the coordinator is there, and go. Idempotent."""
@@ -202,12 +205,13 @@ class Attendance:
         """Attend until closed, refused or at the run's end."""
         pause_s = _FIRST_PAUSE_S
         try:
-            while not (self._closing or self._refusal or self._end):
-                if self._attend():
-                    pause_s = _FIRST_PAUSE_S
+            while True:
+                pause_s = _FIRST_PAUSE_S if self._attend() else min(self._longest_pause_s, 2 * pause_s)
+                self._client.close()
                 with self._changed:
-                    self._changed.wait_for(lambda: self._closing or self._refusal or self._end, pause_s)
-                pause_s = min(_LONGEST_PAUSE_S, 2 * pause_s)
+                    if self._changed.wait_for(self._is_over, pause_s):
+                        return
+                self._client = self._connect()
         except Exception as error:  # else those who wait for a view would wait for ever
             self._refuse(CoordinatorError(f"attendance ended by a mistake: {error!r}"))
             raise
@@ -229,11 +233,12 @@ class Attendance:
             was_connected, self._connected = self._connected, False
             self._attempt += 1  # which ends `documents`
             self._changed.notify_all()
-        self._client.close()
-        if was_connected and not (self._closing or self._refusal or self._end):
+        if was_connected and not self._is_over():
             self._log("coordinator_lost", message=message)
-        self._client = self._connect()
         return was_connected
+
+    def _is_over(self) -> bool:
+        return self._closing or self._refusal is not None or self._end is not None
 
     def _documents(self, attempt: int) -> Iterator[Document]:
         """What to send on one connection. Runs on a thread of the transport's."""

@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,31 +67,33 @@ class Coordinator:
     """Connects streams, state machine and journal. All on one thread."""
 
     def __init__(self, config: CoordinatorConfig) -> None:
-        """Take the log and go on from it.
+        """Take the log.
 
         Raises:
-            CoordinatorError: another coordinator has the log, or it is damaged or another run's.
+            CoordinatorError: another coordinator has it, or it is damaged.
         """
         self._config = config
         self._journal = Journal(Path(config.log))
         self._membership = Membership(config.rules, now=time.monotonic())
-        self._membership.restore(self._journal.records, time.monotonic())
         self._server = ControlServer(self._attend, self._ask, token=config.token)
         self._streams: dict[str, Stream] = {}
         self._events: list[Event] = []
+        self._stopped = False
 
     async def serve(self) -> None:
-        """Listen, and work until cancelled.
+        """Listen, go on from the log, and work until cancelled.
 
         Raises:
-            CoordinatorError: the address is taken, or the log cannot be written any more.
+            CoordinatorError: the address is taken, the log is another run's, or it cannot be written any more.
         """
         config = self._config
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         tls = (
             ServerTls(certificate=Path(config.certificate), key=Path(config.key or "")) if config.certificate else None
         )
-        address = await self._server.start(config.listen, tls=tls)
+        address = self._server.bind(config.listen, tls=tls)
+        self._membership.restore(self._journal.records, time.monotonic())  # from here on members can come back
+        await self._server.start()
         write_atomic(Path(config.address_file), json.dumps({"address": address}).encode())
         try:
             while not self._failure.done():
@@ -98,12 +101,13 @@ class Coordinator:
                 await asyncio.wait((self._failure,), timeout=config.rules.lease_s / _TICKS_A_LEASE)
             self._failure.result()
         finally:
+            self._stopped = True  # that the streams end now is our own doing
             await self._server.stop()
             self._journal.close()
 
     async def _attend(self, stream: Stream) -> None:
         """One connection of a member, from its hello to its end."""
-        member, how = "", "its connection broke"
+        member = ""
         try:
             while (document := await stream.receive()) is not None:
                 event = event_of(document, member or None)
@@ -112,14 +116,12 @@ class Coordinator:
                     self._connect(member, stream)
                 if self._streams.get(member) is stream:
                     self._take(event)
-            how = "it closed its connection"
         except CoordinatorError as error:
             stream.send({"kind": "refused", "reason": str(error)})
-            how = f"it was refused: {error}"
         finally:
             if member and self._streams.get(member) is stream:
                 del self._streams[member]
-                self._take(Disconnected(member=member, how=how))
+                self._take(Disconnected(member=member))
 
     def _connect(self, member: str, stream: Stream) -> None:
         """From now on `stream` is the member's: an earlier one may have broken without our knowing yet."""
@@ -140,17 +142,21 @@ class Coordinator:
 
     def _take(self, event: Event) -> None:
         """Note what happened; what happens in the same moment is decided on together."""
+        if self._stopped:
+            return
         if not self._events:
             asyncio.get_running_loop().call_soon(self._work)
         self._events.append(event)
 
     def _work(self) -> None:
+        if self._stopped:
+            return
         events, self._events = self._events, []
         try:
             self._follow(self._membership.handle(events, time.monotonic()))
         except Exception as error:  # nobody may act on what is not on disk, or on half of a decision
-            if not self._failure.done():
-                self._failure.set_exception(error)
+            self._stopped = True
+            self._failure.set_exception(error)
 
     def _follow(self, instructions: Iterable[Instruction]) -> None:
         instructions = list(instructions)
@@ -177,6 +183,9 @@ def main() -> None:
         pass
     except ShoalError as error:
         print(error, file=sys.stderr, flush=True)
+        code = 1
+    except Exception:
+        traceback.print_exc()
         code = 1
     os._exit(code)
 

@@ -36,6 +36,7 @@ from shoal.cluster.membership_events import (
     Tick,
 )
 from shoal.cluster.roster import Attendee, Roster
+from shoal.cluster.status import status_of
 from shoal.cluster.transition import Transition
 from shoal.cluster.views import Document, View, ViewMember
 from shoal.errors import CoordinatorError
@@ -90,36 +91,10 @@ class Membership:
         """The view's, 0 before the first."""
         return self._at_hand.epoch
 
-    @property
-    def state(self) -> str:
-        """One word: forming, running, entering, broken, short, recovering, finishing, ended or failed."""
-        if self._end is not None:
-            return "failed" if self._end["failed"] else "ended"
-        if self._finishing is not None:
-            return "finishing"
-        if self._roster.recovering:
-            return "recovering"
-        if self.view is None:
-            return "forming"
-        if self._at_hand.losses:
-            return "short"
-        if self._at_hand.broken(self._roster):
-            return "broken"
-        return "running" if self._at_hand.entered_by_all else "entering"
-
     def status(self) -> Document:
-        """What there is to see, as a document."""
-        current = self._at_hand.current
-        return {
-            "run": self.rules.run,
-            "state": self.state,
-            "epoch": self.epoch,
-            "members": [_describe(a) for a in self._roster if a.member in current],
-            "waiting": [_describe(a) for a in self._roster if a.member not in current],
-            "view": self.view.to_plain() if self.view else None,
-            "stale": dict(self.stale),
-            "end": self._end,
-        }
+        """What there is to see; see `status_of`."""
+        finishing = self._finishing is not None
+        return status_of(self._roster, self._at_hand, finishing=finishing, end=self._end, stale=self.stale)
 
     def _take(self, event: Event, now: float) -> None:
         match event:
@@ -329,11 +304,6 @@ class Membership:
                 self._end = record
             case other:
                 raise CoordinatorError(f"the coordinator's log holds a record of unknown kind {other!r}")
-
-
-def _describe(attendee: Attendee) -> Document:
-    names = ("member", "seat", "node", "store", "attached", "step", "entered", "leaving", "finished")
-    return {name: getattr(attendee, name) for name in names}
 
 
 def _end_of(reason: str | None) -> Document:

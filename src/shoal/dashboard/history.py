@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from shoal.dashboard.members import Members
 from shoal.dashboard.records import (
     Breakdown,
     Checkpoint,
@@ -59,6 +60,8 @@ class History:
     attempt_t: float | None = None  # Unix seconds at which this attempt began
     earlier_s: float = 0.0  # training seconds of the attempts before this one
     failures_before: int = 0  # how many of `failures` belong to attempts before this one
+    members: Members = field(default_factory=Members)
+    attempt: str = ""  # its id
 
     def layout_lines(self) -> list[str]:
         """How the model lay over the ranks, and how long a pipeline's ranks stood still."""
@@ -104,7 +107,8 @@ class History:
         """`finished`, `failed`, `unfinished` (running or killed) or `empty` (no step was taken)."""
         if self.reason is not None:
             return "finished"
-        if len(self.failures) > self.failures_before or any(self.exit_codes.values()):
+        lost = any(self.exit_codes.values()) and not self.members.views  # elastic runs go on without some
+        if len(self.failures) > self.failures_before or lost:
             return "failed"
         return "unfinished" if self.points else "empty"
 
@@ -142,7 +146,7 @@ def fold(events: Iterable[Event], history: History | None = None) -> History:
         handler = _HANDLERS.get(str(event["kind"]))
         if handler is not None:
             handler(history, event)
-        if event["source"] == "rank-0" and event["kind"] in _TRAINING_KINDS:
+        if _rank_of(event) == history.members.speaker and event["kind"] in _TRAINING_KINDS:
             history.seconds = history.at(event)
     return history
 
@@ -173,6 +177,7 @@ def summary(history: History, run: str) -> dict[str, Any]:
         "bytes_sent_per_rank": [rank.bytes_sent if rank else None for rank in ranks],
         "peak_memory_bytes_per_rank": [rank.peak_memory_bytes if rank else None for rank in ranks],
         "resumed_at": history.resumed_at,
+        "views": len(history.members.views),
         "plan": history.plan_hash,
         "run": run,
     }
@@ -186,7 +191,9 @@ def _on_run_started(history: History, event: Event) -> None:
     heard.bytes_before = heard.bytes_sent
     heard.node, heard.device = str(event.get("node") or ""), str(event.get("device") or "")
     history.world_size = max(history.world_size, _count(event, "world_size"), rank + 1)
-    if rank == 0:
+    attempt = str(event.get("attempt") or "")
+    if attempt != history.attempt or (rank == 0 and not attempt):
+        history.attempt = attempt
         _begin_attempt(history, event)
 
 
@@ -198,6 +205,7 @@ def _begin_attempt(history: History, event: Event) -> None:
     history.job, history.plan_hash = str(event.get("job") or ""), str(event.get("plan_hash") or "")
     history.reason, history.finished = None, {}
     history.exit_codes, history.failures_before = {}, len(history.failures)
+    history.members = Members()
 
 
 def _on_resumed(history: History, event: Event) -> None:
@@ -217,7 +225,7 @@ def _on_step(history: History, event: Event) -> None:
     heard.total.add(times)
     heard.recent.append(times)
     heard.bytes_sent += times.bytes_sent
-    if rank == 0:
+    if rank == history.members.speaker:
         _add_point(history, event, heard.bytes_sent)
 
 
@@ -336,9 +344,15 @@ def _on_run_finished(history: History, event: Event) -> None:
         heard.peak_memory_bytes = max(heard.peak_memory_bytes or 0, int(peak))
     # Steps do not hold what was sent between them (the first broadcast, a peer's state); the attempt's end does.
     heard.bytes_sent = max(heard.bytes_sent, heard.bytes_before + _count(event, "bytes_sent"))
-    if rank == 0:
+    if rank == history.members.speaker:
         history.seconds = max(history.seconds, history.earlier_s + (_number(event, "seconds") or 0.0))
         history.reason, history.finished = str(event.get("reason") or "finished"), event
+
+
+def _on_view(history: History, event: Event) -> None:
+    rank = _rank_of(event)
+    if rank is not None:
+        history.members.add(event, rank, history.at(event))
 
 
 def _on_worker_exited(history: History, event: Event) -> None:
@@ -359,6 +373,7 @@ _HANDLERS: dict[str, Callable[[History, Event], None]] = {
     "bubble": _on_bubble,
     "error": _on_error,
     "run_finished": _on_run_finished,
+    "view": _on_view,
     "worker_exited": _on_worker_exited,
 }
 

@@ -42,6 +42,7 @@ def build_page(history: History, text: PageText) -> str:
         _section("Warnings", _warnings(history)),
         _section("Sample", f"<pre>{escape(printable(history.sample))}</pre>" if history.sample else ""),
         _section("Where the time went", _time_bars(history)),
+        _section("Members", "".join(f"<p>{escape(line)}</p>" for line in history.members.lines())),
         _section("Layout", "".join(f"<p>{escape(line)}</p>" for line in history.layout_lines())),
         _section("Throughput and traffic", _traffic(history)),
         _section("Validations", _validations(history)),

@@ -58,7 +58,8 @@ def print_report(run: Run, console: Console) -> None:
     history = read_history(run)
     console.print(Text(f"{history.title or run.path.name}  ", "bold cyan").append_text(_state(history)))
     console.print(_headline(history))
-    for lines in (_curve(history), _bars(history), _layout(history), _sample(history), _troubles(history), _paths(run)):
+    parts = (_curve, _bars, _layout, _members, _sample, _troubles)
+    for lines in (*(part(history) for part in parts), _paths(run)):
         if lines:
             console.print()
         for line in lines:
@@ -142,6 +143,11 @@ def _layout(history: History) -> list[Text]:
     return [Text("layout", "bold"), *(Text(f"  {line}") for line in lines)] if lines else []
 
 
+def _members(history: History) -> list[Text]:
+    lines = history.members.lines()
+    return [Text("members", "bold"), *(Text(f"  {line}") for line in lines)] if lines else []
+
+
 def _sample(history: History) -> list[Text]:
     lines = printable(history.sample).split("\n")
     if not history.sample:
@@ -158,7 +164,7 @@ def _troubles(history: History) -> list[Text]:
         lines.append(Text(f"warning: {note.message}{times}", "yellow"))
     for failure in sorted(history.failures, key=lambda failure: failure.symptom)[:8]:
         lines.append(Text(f"error: {failure.source}: {failure.error}: {failure.message}", "red"))
-    ended = sorted(history.exit_codes.items())
+    ended = [] if history.members.views else sorted(history.exit_codes.items())
     return lines + [Text(f"error: {exit_words(rank, code)}", "red") for rank, code in ended if code]
 
 

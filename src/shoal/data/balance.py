@@ -226,21 +226,24 @@ class Balancer:
         return max(statistics.median(noises), 0.01) * _OF_MEDIAN / math.sqrt(self._config.every) if noises else 0.01
 
     def _estimates(self) -> list[_Estimate] | None:
-        """Each rank's speed; None while one is known too little. A rank that is given nothing counts as a usual one."""
+        """Each rank's speed, None while one with samples is known too little.
+
+        One without samples that is not known, or no longer, is taken to be as fast as any: so it will be tried.
+        """
         noise = self._noise()
         measured = [speed.estimate(noise) if speed.windows else None for speed in self._speeds]
         known = [estimate for estimate in measured if estimate is not None]
-        awaited = any(e is None for e, count in zip(measured, self._counts, strict=True) if count)
-        if not known or awaited or any(estimate.windows < self._config.patience for estimate in known):
+        enough = [e is not None and e.windows >= self._config.patience for e in measured]
+        if not known or not all(e for e, count in zip(enough, self._counts, strict=True) if count):
             return None
-        usual = _Estimate(statistics.median(e.seconds_per_sample for e in known), 0.0, 0.0, self._config.history)
-        return [estimate or usual for estimate in measured]
+        hoped = _Estimate(min(e.seconds_per_sample for e in known), 0.0, 0.0, 0)
+        return [estimate or hoped for estimate in measured]
 
     def _decide(self) -> list[int] | None:
         speeds = self._estimates()
         if speeds is None:
             return None
-        evidence = min(speed.windows for speed in speeds)
+        evidence = min((s.windows for s, n in zip(speeds, self._counts, strict=True) if n), default=0)
         again = self._rest_on is not None and evidence >= self._rest_on * _MORE_EVIDENCE
         doubt = 0.0 if again else _CONFIDENCE
         gain = self._config.gain / 5 if again else self._config.gain
@@ -316,13 +319,15 @@ class _Speed:
     def __init__(self) -> None:
         self.windows: list[_Window] = []
         self.overhead = 0.0
+        self.missed = 0
 
     def add(self, window: _Window | None, history: int) -> None:
-        """Remember a window. Without one the oldest is forgotten: a rank that is given nothing will be tried again."""
+        """Remember a window; after many without any, what is known is out of date, and forgotten."""
+        self.missed = 0 if window is not None else self.missed + 1
         if window is not None:
-            self.windows.append(window)
-        drop = len(self.windows) - history if window is not None else 1
-        self.windows = self.windows[max(0, drop) :]
+            self.windows = [*self.windows, window][-history:]
+        elif self.missed >= history:
+            self.windows = []
 
     def learn_overhead(self, equal_share: float, noise: float) -> None:
         """Take the least overhead with which windows of different shares tell the same speed."""
@@ -364,12 +369,13 @@ class _Speed:
         return math.fsum(min((level / center - 1) ** 2, (_CONFIDENCE * noise) ** 2) for level in levels)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"overhead": self.overhead, "windows": [[w.seconds, w.samples, w.spread] for w in self.windows]}
+        windows = [[w.seconds, w.samples, w.spread] for w in self.windows]
+        return {"overhead": self.overhead, "missed": self.missed, "windows": windows}
 
     @classmethod
     def of(cls, state: dict[str, Any]) -> _Speed:
         speed = cls()
-        speed.overhead = state["overhead"]
+        speed.overhead, speed.missed = state["overhead"], state["missed"]
         speed.windows = [_Window(*window) for window in state["windows"]]
         return speed
 

@@ -116,9 +116,10 @@ class Loader:
             pieces = [(count, next(feed)) for count, _ in self._turns(cursor, self._rank)]
             yield self._batch(cursor, self._rank, pieces)
 
-    def divided(self, rank: int, shares: tuple[float, ...]) -> Loader:
-        """The same data, divided otherwise: this is rank `rank` of as many as there are `shares`."""
-        return Loader(self._dataset, dataclasses.replace(self._config, shares=shares), rank, self._collate)
+    def divided(self, shares: tuple[float, ...], rank: int | None = None) -> Loader:
+        """The same data, divided otherwise: for rank `rank` (default: this one) of as many as there are `shares`."""
+        config = dataclasses.replace(self._config, shares=shares)
+        return Loader(self._dataset, config, self._rank if rank is None else rank, self._collate)
 
     def part(self, cursor: Cursor, slot: int) -> Batch:
         """The part of one global batch that is rank `slot`'s by its share, fetched here and now by whoever asks."""

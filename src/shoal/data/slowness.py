@@ -50,7 +50,7 @@ class WatchConfig:
     factor: Annotated[float, Field(gt=1)] = 1.3
     passing_factor: Annotated[float, Field(gt=1)] = 2.0
     share: Annotated[float, Field(gt=0, le=1)] = 0.6
-    recent: Annotated[int, Field(ge=1)] = 5
+    recent: Annotated[int, Field(ge=2)] = 5
     window: Annotated[int, Field(ge=1)] = 50
 
 
@@ -95,18 +95,11 @@ class Slow:
 
 @dataclass(frozen=True)
 class _Step:
-    """One rank's step: what it took, what it should have taken, and the excess by cause (as in `_CAUSES`)."""
+    """One rank's step: how many times what it should have taken, and the excess in seconds by cause (`_CAUSES`)."""
 
     number: int
-    took_s: float
-    usual_s: float
+    factor: float
     excess_s: tuple[float, float, float]
-
-    @property
-    def factor(self) -> float:
-        if self.usual_s > 0:
-            return self.took_s / self.usual_s
-        return math.inf if self.took_s > 0 else 1.0
 
 
 class Watch:
@@ -147,13 +140,16 @@ class Watch:
     def _look(self, rank: int, step: int) -> Slow | None:
         """What is to be said of the rank now; what was said of it last, where that is nothing new."""
         config, before, steps = self._config, self._slow[rank], self._steps[rank]
+        if before is None and steps[-1].factor <= config.factor:
+            return None
         slow = [s for s in steps if s.factor > config.factor]
         recent = [s for s in slow if s.number > step - config.recent]
         # Of the whole window, even while it is not yet full: a run's first steps prove nothing that lasts.
         persistent = len(slow) >= config.share * config.window
         if before is None:
             much = sum(s.factor > config.passing_factor for s in recent)
-            if not persistent and much < max(min(2, config.recent), config.share * config.recent):
+            # One slow step is not enough, even where all there are is one.
+            if not persistent and much < max(2, config.share * config.recent):
                 return None
             since = self._start(steps) if persistent else recent[0].number
             return self._told(rank, [s for s in slow if s.number >= since], since, persistent, None)
@@ -199,7 +195,9 @@ def _judge(step: int, timings: Sequence[Timing]) -> list[_Step]:
         )
         compute, fetch, send = (took - usual for took, usual in parts)
         took_s, usual_s = (sum(times) for times in zip(*parts, strict=True))
-        judged.append(_Step(step, took_s, usual_s, (compute, fetch, send)))
+        # Where everybody else needs no time at all, any is too much.
+        factor = took_s / usual_s if usual_s > 0 else math.inf if took_s > 0 else 1.0
+        judged.append(_Step(step, factor, (compute, fetch, send)))
     return judged
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from shoal.engine.build import Connected, Parts
@@ -32,8 +34,9 @@ def assemble(
     progress: Progress,
     turnover: Turnover,
     log: EventLog,
+    **entering: Any,
 ) -> Loop:
-    """A loop that goes on from `progress`."""
+    """A loop that goes on from `progress`. `entering`: `newcomer` and `giving` of `Crew`."""
     plan, grid, rank = connected.plan, connected.grid, connected.topology.rank
     forward, computation = _computation(plan, job, parts, connected.device)
     crew = Crew(
@@ -47,6 +50,7 @@ def assemble(
         turnover=turnover,
         world=connected.world,
         log=log,
+        **entering,
     )
     return Loop(_config(plan, grid, rank), crew, progress)
 

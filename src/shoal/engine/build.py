@@ -33,7 +33,7 @@ from shoal.plan.parts import build_coder, build_sync
 from shoal.plan.schema import ComputeConfig, Plan
 from shoal.strategy.layout.grid import Grid, arrange, replicas
 from shoal.strategy.topology import Topology
-from shoal.wire.groups import World
+from shoal.wire.groups import Group, World
 from shoal.wire.transport import Transport
 
 _WHOLE_MATRICES = ("Adafactor", "LBFGS", "Muon")
@@ -70,6 +70,7 @@ class Connected:
     Attributes:
         plan: resolved for so many ranks.
         lanes: for each lane its transports by group.
+        aside: a group of all ranks that nobody uses in training; None: there is none.
     """
 
     plan: Plan
@@ -78,6 +79,7 @@ class Connected:
     world: World
     lanes: list[dict[str, Transport]]
     device: torch.device
+    aside: Group | None = None
 
 
 def choose_device(config: ComputeConfig, topology: Topology) -> torch.device:

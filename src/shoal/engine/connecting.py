@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable
 from datetime import timedelta
@@ -108,7 +109,10 @@ class Connecting:
                 world.cut()
         world.connect()
         topology = Topology(self._rank, tuple(member.node for member in view.members))
-        return connect_lanes(self._plan, topology, world, self._device)
+        connected = connect_lanes(self._plan, topology, world, self._device)
+        if view.planned:  # newcomers are given their state while the others train
+            connected = dataclasses.replace(connected, aside=world.group("aside", range(size)))
+        return connected
 
 
 def _port_of(address: str) -> int:

@@ -31,10 +31,13 @@ from shoal.engine.build import Connected, Parts
 from shoal.engine.checkpoint.archive import Archive
 from shoal.engine.checkpoint.session import CheckpointSession
 from shoal.engine.connecting import Connecting
-from shoal.engine.handover import Roles, hand_over
-from shoal.engine.loop import TURN, Loop, restore
+from shoal.engine.exchange.gradients import GradientExchange
+from shoal.engine.handover import Outcome, hand_over
+from shoal.engine.loop import TURN, Loop
+from shoal.engine.newcomer import Newcomer
 from shoal.engine.progress import Progress
 from shoal.engine.replicas import make_equal
+from shoal.engine.restoring import restore
 from shoal.engine.start import Start, fingerprint, target_of_run
 from shoal.engine.telling import Context, announce, conclude
 from shoal.engine.turnover import Turnover
@@ -222,21 +225,25 @@ class _ElasticRank:
         self._before = connecting
         connected = self._connected(connecting)
         connected_at = time.perf_counter()
-        shares = connected.plan.batch.shares
-        assert shares is not None
-        loader = self._parts.loader.divided(connected.topology.rank, shares)
-        parts = self._parts = dataclasses.replace(self._parts, loader=loader)
         checkpoints = self._checkpoints_in(connected)
-        roles = self._take_state(connected, checkpoints)
+        outcome = self._take_state(connected, checkpoints)
+        connected, parts = self._divided(connected, outcome)
         agreed_at = time.perf_counter()
         if before is not None:
             before.close()  # not earlier: nobody is there any more who waits for what this rank sent last
         exchange = build.build_exchange(parts, connected, self._log)
-        assert self._progress is not None
+        assert outcome.progress is not None
+        newcomer = None
+        if outcome.taking is not None:
+            assert isinstance(exchange, GradientExchange)
+            newcomer = Newcomer(outcome.taking, parts, exchange)
         turnover = Turnover(self._start.stop_request, self._is_ready, lambda step: self._commit(view.epoch, step))
-        loop = assemble(self._job, parts, connected, exchange, checkpoints, self._progress, turnover, self._log)
+        loop = assemble(
+            self._job, parts, connected, exchange, checkpoints, outcome.progress, turnover, self._log,
+            newcomer=newcomer, giving=outcome.giving,
+        )  # fmt: skip
         self.attendance.entered(view.epoch)
-        self._tell_of(view, connected, roles, began, connected_at, agreed_at)
+        self._tell_of(view, connected, outcome, began, connected_at, agreed_at)
         context = Context(
             self._start.run, connected.plan, self._target, connected.world, connected.topology, self._device,
             self._log, self._start.seat,
@@ -261,7 +268,7 @@ class _ElasticRank:
             loop.drop_step()
             raise
         finally:
-            self._progress = loop.progress
+            self._progress = loop.progress if loop.has_state else None
             loop.leave_view()
 
     def _commit(self, epoch: int, step: int) -> None:
@@ -277,15 +284,27 @@ class _ElasticRank:
             self._checkpoints.enter(connected.world)
         return self._checkpoints
 
-    def _take_state(self, connected: Connected, checkpoints: CheckpointSession) -> Roles:
+    def _divided(self, connected: Connected, outcome: Outcome) -> tuple[Connected, Parts]:
+        """Batches are divided evenly among those who have state."""
+        plan, takers = connected.plan, outcome.roles.takers if connected.aside is not None else []
+        shares = tuple(float(rank not in takers) for rank in range(connected.topology.world_size))
+        batch = dataclasses.replace(plan.batch, shares=shares)
+        connected = dataclasses.replace(connected, plan=dataclasses.replace(plan, batch=batch))
+        loader = self._parts.loader.divided(shares, connected.topology.rank)
+        self._parts = dataclasses.replace(self._parts, loader=loader)
+        return connected, self._parts
+
+    def _take_state(self, connected: Connected, checkpoints: CheckpointSession) -> Outcome:
         """Make all ranks of the view equal: by what some of them hold, by a checkpoint, or by one initial model."""
         world = connected.world
-        reached, roles = hand_over(world, self._parts, self._progress)
+        outcome = hand_over(world, self._parts, self._progress, connected.aside)
+        reached, roles = outcome.progress, outcome.roles
         if reached is None:
             state = checkpoints.restore(connected.grid.by_axis) if self._start.resume else None
             make_equal(self._parts.model, world.everybody)
             reached = restore(self._parts, state) if state else Progress()
-        self._progress = reached
+            outcome = dataclasses.replace(outcome, progress=reached)
+        self._progress = reached if outcome.taking is None else None
         for rank in roles.differing:
             if world.rank == roles.teller:
                 self._log.write(
@@ -293,13 +312,13 @@ class _ElasticRank:
                     message=f"rank {rank} held other parameters than the rest after the same step {reached.step}; it "
                     "was given theirs",
                 )
-        return roles
+        return outcome
 
     def _tell_of(
-        self, view: View, connected: Connected, roles: Roles, began: float, connected_at: float, agreed_at: float
+        self, view: View, connected: Connected, outcome: Outcome, began: float, connected_at: float, agreed_at: float
     ) -> None:
-        assert self._progress is not None
-        now = time.perf_counter()
+        assert outcome.progress is not None
+        roles, now = outcome.roles, time.perf_counter()
         self._log.write(
             "view",
             epoch=view.epoch,
@@ -308,7 +327,7 @@ class _ElasticRank:
             nodes=list(connected.topology.nodes),
             cause=view.cause,
             planned=view.planned,
-            step=self._progress.step,
+            step=outcome.progress.step,
             took_state=connected.topology.rank in roles.takers,
             givers=len(roles.givers),
             connect_s=connected_at - began,

@@ -8,9 +8,11 @@ behind takes everything from several peers at once, each of which sends another 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import threading
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -23,10 +25,10 @@ from torch import Tensor, nn
 from shoal.engine.build import Parts
 from shoal.engine.checkpoint import tree
 from shoal.engine.layout.optimizer_state import named_state
-from shoal.engine.loop import restore
 from shoal.engine.progress import Progress
+from shoal.engine.restoring import restore
 from shoal.errors import PeerLostError
-from shoal.wire.groups import World, failures_as_lost_peers
+from shoal.wire.groups import Group, World, failures_as_lost_peers
 
 _PIECE_BYTES = 4 << 20
 _CHECKSUM_BYTES = 8
@@ -69,14 +71,29 @@ def roles(standings: Sequence[Standing]) -> Roles:
     return Roles(teller, givers, takers, [rank for rank in ahead if rank not in givers])
 
 
-def hand_over(world: World, parts: Parts, progress: Progress | None) -> tuple[Progress | None, Roles]:
+@dataclass(frozen=True)
+class Outcome:
+    """What came of comparing.
+
+    Attributes:
+        progress: how far all are now; None: nobody has any state.
+        giving: this rank's part of the state, on its way to others in the background.
+        taking: what this rank is sent in the background; until it is there, the rank has no state of its own.
+    """
+
+    progress: Progress | None
+    roles: Roles
+    giving: Giving | None = None
+    taking: Taking | None = None
+
+
+def hand_over(world: World, parts: Parts, progress: Progress | None, aside: Group | None) -> Outcome:
     """Make all ranks of a view equal. Collective.
 
     Args:
         progress: how far this rank is; None if it has no state.
-
-    Returns:
-        How far all are now, None if nobody has any state; and who gave.
+        aside: a group of all ranks that nobody else uses; over it the state travels in the background. None: all wait
+            until it has arrived.
 
     Raises:
         PeerLostError: a rank vanished meanwhile, or a piece arrived damaged.
@@ -85,11 +102,10 @@ def hand_over(world: World, parts: Parts, progress: Progress | None) -> tuple[Pr
     if progress is not None:
         own = Standing(progress.step, progress.validated_step, digest_of(parts.model))
     with failures_as_lost_peers("handing state over"):
-        all_ = _compare(world, own)
-        part = roles(all_)
+        part = roles(_compare(world, own))
         if part.teller is None:
-            return None, part
-        return _transfer(world, parts, progress, part), part
+            return Outcome(None, part)
+        return _transfer(world, parts, progress, part, aside)
 
 
 def digest_of(model: nn.Module) -> int:
@@ -110,34 +126,36 @@ def _compare(world: World, own: Standing) -> list[Standing]:
     return [Standing(*row.tolist()) for row in rows]
 
 
-def _transfer(world: World, parts: Parts, progress: Progress | None, part: Roles) -> Progress:
-    gives = world.rank in part.givers
+def _transfer(world: World, parts: Parts, progress: Progress | None, part: Roles, aside: Group | None) -> Outcome:
     document: Any = None
     tensors: dict[str, Tensor] = {}
-    if gives and part.takers:
+    if world.rank in part.givers and part.takers:
         document, tensors = tree.encode(_state(parts), "state")
+    text = None
     if world.rank == part.teller:
         assert progress is not None
         described = {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()}
         text = json.dumps({"progress": progress.to_plain(), "state": document, "tensors": described}).encode()
-        told = _tell(world, text, part.teller)
-    else:
-        assert part.teller is not None
-        told = _tell(world, None, part.teller)
-    message = json.loads(told)
+    assert part.teller is not None
+    message = json.loads(_tell(world, text, part.teller))
     reached = Progress.from_plain(message["progress"])
     if progress is not None:
         reached = dataclasses.replace(reached, seconds=max(reached.seconds, progress.seconds))
-    if gives:
-        _give(world, list(tensors.values()), part)
-        return reached
-    made = {
-        name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in message["tensors"].items()
-    }
-    _take(world, list(made.values()), part)
-    state = tree.decode(message["state"], made)
-    restore(parts, state | {"progress": message["progress"]})
-    return reached
+    group = aside or world.everybody
+    if world.rank in part.takers:
+        taking = Taking(group, message, part)
+        if aside is not None:
+            taking.begin()
+            return Outcome(reached, part, taking=taking)
+        taking.take()
+        taking.install(parts)
+    elif part.takers:
+        giving = Giving(group, [tensor.detach() for tensor in tensors.values()], part, world.rank)
+        if aside is not None:
+            giving.begin()
+            return Outcome(reached, part, giving=giving)
+        giving.give()
+    return Outcome(reached, part)
 
 
 def _state(parts: Parts) -> dict[str, Any]:
@@ -158,43 +176,131 @@ def _tell(world: World, text: bytes | None, teller: int) -> bytes:
     return content.numpy().tobytes()
 
 
-def _give(world: World, tensors: list[Tensor], part: Roles) -> None:
-    index = part.givers.index(world.rank)
-    memories = [_bytes_of(tensor.detach().cpu()) for tensor in tensors]
-    under_way: list[Any] = []
-    for piece in _pieces(sum(map(len, memories)), index, len(part.givers)):
-        message = torch.empty(len(piece) + _CHECKSUM_BYTES, dtype=torch.uint8)
-        _copy(memories, piece, message, into=False)
-        message[len(piece) :] = _checksum(message[: len(piece)])
-        sent = [world.everybody.send(message, taker) for taker in part.takers]
-        for work in under_way:
-            work.wait()
-        under_way = sent
-    for work in under_way:
-        work.wait()
+class Giving:
+    """One giver's part of the state."""
 
+    def __init__(self, group: Group, tensors: list[Tensor], part: Roles, rank: int) -> None:
+        self._group = group
+        self._memories = [_bytes_of(tensor.cpu()) for tensor in tensors]
+        self._part = part
+        self._index = part.givers.index(rank)
+        self._copied = threading.Event()
 
-def _take(world: World, tensors: list[Tensor], part: Roles) -> None:
-    memories = [_bytes_of(tensor) for tensor in tensors]
-    total = sum(map(len, memories))
-    streams = [(giver, _pieces(total, index, len(part.givers))) for index, giver in enumerate(part.givers)]
-    while streams:
-        arriving = []
-        for giver, pieces in list(streams):
-            piece = next(pieces, None)
-            if piece is None:
-                streams.remove((giver, pieces))
-                continue
+    def give(self) -> None:
+        """Send it; the tensors do not change meanwhile."""
+        self._send(self._pieces(), self._memories, 0)
+
+    def begin(self) -> None:
+        """Copy it, then send the copy, in the background."""
+        threading.Thread(target=self._copy_and_send, daemon=True, name="shoal-giving").start()
+
+    def before_update(self) -> None:
+        """Wait until it is copied: from then on the tensors may change."""
+        self._copied.wait()
+
+    def _copy_and_send(self) -> None:
+        try:
+            pieces = list(self._pieces())
+            start = pieces[0].start if pieces else 0
+            copy = torch.empty(pieces[-1].stop - start if pieces else 0, dtype=torch.uint8)
+            for piece in pieces:
+                _copy(self._memories, piece, copy[piece.start - start : piece.stop - start], into=False)
+            self._copied.set()
+            with contextlib.suppress(RuntimeError):  # a lost peer is noticed where training waits for it, too
+                self._send(iter(pieces), [copy], start)
+        finally:
+            self._copied.set()
+
+    def _pieces(self) -> Iterator[range]:
+        return _pieces(sum(map(len, self._memories)), self._index, len(self._part.givers))
+
+    def _send(self, pieces: Iterator[range], memories: list[Tensor], start: int) -> None:
+        under_way: list[Any] = []
+        for piece in pieces:
             message = torch.empty(len(piece) + _CHECKSUM_BYTES, dtype=torch.uint8)
-            arriving.append((giver, piece, message, world.everybody.receive(message, giver)))
-        for giver, piece, message, work in arriving:
+            _copy(memories, range(piece.start - start, piece.stop - start), message, into=False)
+            message[len(piece) :] = _checksum(message[: len(piece)])
+            sent = [(message, self._group.send(message, taker)) for taker in self._part.takers]
+            for _, work in under_way:
+                work.wait()
+            under_way = sent
+        for _, work in under_way:
             work.wait()
-            if not torch.equal(message[len(piece) :], _checksum(message[: len(piece)])):
-                raise PeerLostError(
-                    f"a piece of the state (bytes {piece.start} to {piece.stop}) from rank {giver} arrived damaged: "
-                    "its checksum differs; it was not used"
-                )
-            _copy(memories, piece, message, into=True)
+
+
+class Taking:
+    """What a taker is sent."""
+
+    def __init__(self, group: Group, message: dict[str, Any], part: Roles) -> None:
+        """`message`: what the teller told."""
+        self._group = group
+        self._message = message
+        self._part = part
+        described = message["tensors"]
+        self._tensors = {
+            name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in described.items()
+        }
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def begin(self) -> None:
+        """Take it in the background."""
+        self._thread = threading.Thread(target=self._run, daemon=True, name="shoal-taking")
+        self._thread.start()
+
+    @property
+    def has_arrived(self) -> bool:
+        """Whether it is there, or will never be: `wait` tells."""
+        return self._thread is not None and not self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Wait until it is there.
+
+        Raises:
+            PeerLostError: a giver vanished, or a piece arrived damaged.
+        """
+        assert self._thread is not None
+        self._thread.join()
+        if self._error is not None:
+            raise PeerLostError(f"the state did not arrive: {self._error}") from self._error
+
+    def install(self, parts: Parts) -> None:
+        """Put it into this rank's parts."""
+        state = tree.decode(self._message["state"], self._tensors)
+        restore(parts, state | {"progress": self._message["progress"]})
+
+    def take(self) -> None:
+        """Receive every piece.
+
+        Raises:
+            PeerLostError: a piece arrived damaged.
+        """
+        memories = [_bytes_of(tensor) for tensor in self._tensors.values()]
+        total, givers = sum(map(len, memories)), self._part.givers
+        streams = [(giver, _pieces(total, index, len(givers))) for index, giver in enumerate(givers)]
+        while streams:
+            arriving = []
+            for giver, pieces in list(streams):
+                piece = next(pieces, None)
+                if piece is None:
+                    streams.remove((giver, pieces))
+                    continue
+                message = torch.empty(len(piece) + _CHECKSUM_BYTES, dtype=torch.uint8)
+                arriving.append((giver, piece, message, self._group.receive(message, giver)))
+            for giver, piece, message, work in arriving:
+                work.wait()
+                if not torch.equal(message[len(piece) :], _checksum(message[: len(piece)])):
+                    raise PeerLostError(
+                        f"a piece of the state (bytes {piece.start} to {piece.stop}) from rank {giver} arrived "
+                        "damaged: its checksum differs; it was not used"
+                    )
+                _copy(memories, piece, message, into=True)
+
+    def _run(self) -> None:
+        try:
+            self.take()
+        except BaseException as error:
+            self._error = error
 
 
 def _pieces(total: int, index: int, count: int) -> Iterator[range]:

@@ -22,7 +22,9 @@ from shoal.engine.computation import Computation
 from shoal.engine.exchange import ReplicaExchange
 from shoal.engine.exchange.agreement import Ballot, Verdict
 from shoal.engine.exchange.base import copied
-from shoal.engine.layout.optimizer_state import load_named, named_state
+from shoal.engine.handover import Giving
+from shoal.engine.layout.optimizer_state import named_state
+from shoal.engine.newcomer import Newcomer
 from shoal.engine.pace import InStep, OwnPace
 from shoal.engine.progress import Progress
 from shoal.engine.replicas import BufferAverage, UndoneBuffers
@@ -75,6 +77,8 @@ class Crew:
     turnover: Turnover
     world: World
     log: EventLog
+    newcomer: Newcomer | None = None
+    giving: Giving | None = None
 
 
 class Loop:
@@ -88,6 +92,8 @@ class Loop:
         self._busy_s = 0.0
         self._clock = _Clock(progress.seconds)
         self._free_at = time.perf_counter()
+        self._newcomer = crew.newcomer
+        self._with_newcomers = False
         self.progress = progress
 
     def run(self) -> str:
@@ -103,10 +109,12 @@ class Loop:
         self._free_at = time.perf_counter()
         while reason is None:
             verdict = self._crew.pace.round(self)
+            self._welcome(verdict)
             reason = self._after_step(verdict) or self._crew.stop_rule.before_step(self.progress)
             reason = reason or (TURN if verdict.turn else None)
             self._free_at = time.perf_counter()
         if reason != TURN:
+            self._catch_up()
             self._finish()
         return reason
 
@@ -163,7 +171,11 @@ class Loop:
             crew.exchange.clip(self._config.clip_norm)
         waited = time.perf_counter()
         rate = crew.parts.optimizer.param_groups[0]["lr"]
-        self._update()
+        if self._newcomer is None:
+            self._update()
+        else:
+            self._newcomer.keep()
+            crew.exchange.release()
         ended = time.perf_counter()
         samples = reached.samples - self.progress.samples
         self.progress = dataclasses.replace(reached, seconds=self._clock.seconds(), loss=verdict.loss)
@@ -194,6 +206,8 @@ class Loop:
         parts = self._crew.parts
         self._crew.exchange.install()
         self._crew.checkpoints.before_update()
+        if self._crew.giving is not None:
+            self._crew.giving.before_update()
         parts.optimizer.step()
         if parts.schedule is not None:
             parts.schedule.step()
@@ -217,7 +231,39 @@ class Loop:
         return timed_out or bool(self._crew.turnover.stop)
 
     def _ballot(self) -> Ballot:
-        return Ballot(stop=self.wants_to_stop(), turn=self._crew.turnover.is_ready(), seconds=self._busy_s)
+        cold = self._newcomer is not None
+        turn = self._crew.turnover.is_ready() and not cold
+        return Ballot(stop=self.wants_to_stop(), turn=turn, cold=cold, seconds=self._busy_s)
+
+    @property
+    def has_state(self) -> bool:
+        """Whether this rank's parameters are those of its progress."""
+        return self._newcomer is None
+
+    def _welcome(self, verdict: Verdict) -> None:
+        """Give newcomers their share once all of them have the state: every rank after the same step."""
+        if self._with_newcomers and not verdict.cold:
+            self._divide((1.0,) * self._crew.world.size)
+        self._with_newcomers = verdict.cold
+        if self._newcomer is not None and self._newcomer.can_catch_up:
+            self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Before anybody looks at this rank's parameters, they must be there."""
+        if self._newcomer is None:
+            return
+        started = time.perf_counter()
+        steps = self._newcomer.catch_up()
+        self._newcomer = None
+        took_s = time.perf_counter() - started
+        self._crew.log.write("caught_up", step=self.progress.step, steps=steps, seconds=took_s)
+
+    def _divide(self, shares: tuple[float, ...]) -> None:
+        """From the next step on, divide batches by `shares`."""
+        self._average_buffers.weight = shares[self._config.rank] / sum(shares)
+        pace = self._crew.pace
+        assert isinstance(pace, InStep), "shares are for ranks that go in step"
+        pace.divide(shares, self.progress)
 
     def _sum_buffer(self, buffer: Tensor) -> None:
         peers = self._crew.parts.replica.peers
@@ -245,6 +291,7 @@ class Loop:
         """Measure; return (reason to stop, whether to keep this state as the best)."""
         if self._crew.validator is None:
             return None, False
+        self._catch_up()
         started = time.perf_counter()
         self._average_buffers()
         with self._crew.exchange.consensus():
@@ -271,6 +318,7 @@ class Loop:
 
     def _save(self, *, best: bool, final: bool = False) -> None:
         parts = self._crew.parts
+        self._catch_up()
         self._average_buffers()
         private = self._crew.exchange.state_dict()
         if not self._crew.exchange.replicas_equal:
@@ -319,22 +367,3 @@ class _Clock:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def restore(parts: Parts, state: dict[str, Any]) -> Progress:
-    """Put a checkpoint's state into a rank's parts; return how far it had come."""
-    parts.replica.load(state["model"])
-    load_named(parts.optimizer, parts.replica, state["optimizer"])
-    if parts.schedule is not None and state["schedule"] is not None:
-        parts.schedule.load_state_dict(state["schedule"])
-    return Progress.from_plain(state["progress"])
-
-
-def restore_private(parts: Parts, exchange: ReplicaExchange, state: dict[str, Any]) -> None:
-    """Put back what only this rank held."""
-    if "optimizer" in state:
-        parts.optimizer.load_state_dict(state.pop("optimizer"))
-        schedule = state.pop("schedule")
-        if parts.schedule is not None and schedule is not None:
-            parts.schedule.load_state_dict(schedule)
-    exchange.load_state_dict(state)

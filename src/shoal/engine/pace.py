@@ -83,7 +83,12 @@ class InStep:
     """Every rank in every step."""
 
     def __init__(self, loader: Loader, start: Progress) -> None:
+        self._loader = loader
         self._batches: Iterator[Batch] = loader.batches(start.cursor)
+
+    def divide(self, shares: tuple[float, ...], start: Progress) -> None:
+        """From `start` on, divide batches by `shares`."""
+        self._batches = self._loader.divided(shares).batches(start.cursor)
 
     def round(self, loop: Steps) -> Verdict:
         """One step."""

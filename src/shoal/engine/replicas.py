@@ -62,7 +62,7 @@ class BufferAverage:
     def __init__(self, model: nn.Module, weight: float, all_reduce: Callable[[Tensor], None]) -> None:
         """`weight`: this rank's part of every batch; over the ranks that `all_reduce` sums, the weights sum to 1."""
         self._all_reduce = all_reduce
-        self._weight = weight
+        self.weight = weight
         self._buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
         self._versions = [buffer._version for buffer in self._buffers]
 
@@ -76,7 +76,7 @@ class BufferAverage:
             self._all_reduce(changed)
             for buffer, count in zip(self._buffers, changed.tolist(), strict=True):
                 if count > 0:
-                    self._all_reduce(buffer.mul_(self._weight))
+                    self._all_reduce(buffer.mul_(self.weight))
         self._versions = [buffer._version for buffer in self._buffers]
 
 

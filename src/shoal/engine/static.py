@@ -13,8 +13,9 @@ from shoal.engine.assemble import assemble
 from shoal.engine.checkpoint.archive import Archive
 from shoal.engine.checkpoint.session import CheckpointSession
 from shoal.engine.layout.replica import Replica
-from shoal.engine.loop import Loop, restore, restore_private
+from shoal.engine.loop import Loop
 from shoal.engine.progress import Progress
+from shoal.engine.restoring import restore, restore_private
 from shoal.engine.start import Start, fingerprint, target_of_run
 from shoal.engine.telling import Context, announce, conclude, explain_layout
 from shoal.engine.turnover import Turnover

@@ -46,6 +46,7 @@ def announce(context: Context, loop: Loop) -> None:
     parts = loop.parts
     context.log.write(
         "run_started",
+        attempt=context.run.read_info().get("id"),
         plan_hash=plan_hash(plan),
         job=target.name,
         arguments=dict(target.arguments),

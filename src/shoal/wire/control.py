@@ -85,21 +85,22 @@ Ask = Callable[[Document], Document]
 
 
 class ControlServer:
-    """Listens from `start` on."""
+    """The server; all on one thread, in one event loop."""
 
     def __init__(self, attend: Attend, ask: Ask, *, token: str) -> None:
-        """Prepare. `token` must be known to every client."""
+        """Prepare; `bind`, then `start`. `token` must be known to every client."""
         self._attend = attend
         self._ask = ask
         self._token = token.encode()
         self._server: Any = None
 
-    async def start(self, address: str, *, tls: ServerTls | None = None) -> str:
-        """Listen at `address` (`HOST:PORT`, port 0: the system chooses). Returns the address with its port.
+    def bind(self, address: str, *, tls: ServerTls | None = None) -> str:
+        """Take `address` (`HOST:PORT`, port 0: the system chooses). Returns it with its port. Call in a running loop.
 
         Raises:
             CoordinatorError: the address cannot be bound, or the certificate cannot be used.
         """
+        _prepare_grpc()
         import grpc.aio
 
         handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
@@ -116,9 +117,12 @@ class ControlServer:
                 port = server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
         except (RuntimeError, OSError) as error:
             raise CoordinatorError(f"the coordinator cannot listen at {address}: {error}") from None
-        await server.start()
         self._server = server
         return f"{address.rpartition(':')[0]}:{port}"
+
+    async def start(self) -> None:
+        """Let clients in."""
+        await self._server.start()
 
     async def stop(self) -> None:
         """End all streams, stop listening."""
@@ -177,8 +181,7 @@ class ControlClient:
         Raises:
             CoordinatorError: the certificate cannot be read.
         """
-        # Before gRPC is imported: processes that we fork do not use it, and its handlers would stop its threads.
-        os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+        _prepare_grpc()
         import grpc
 
         self.address = address
@@ -253,6 +256,12 @@ def ask(
     """Ask one question over a connection of its own; see `ControlClient`."""
     with contextlib.closing(ControlClient(address, token=token, authority=authority)) as client:
         return client.ask(document, timeout_s=timeout_s)
+
+
+def _prepare_grpc() -> None:
+    """Settings that gRPC reads from the environment when it is imported."""
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # processes that we fork do not use it
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else each refused handshake is a line on standard error
 
 
 def _encode(document: Document) -> bytes:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from shoal.strategy.agreement import HEAD, LOSS, STOP, TURN, agreement_bucket
+from shoal.strategy.agreement import COLD, HEAD, LOSS, STOP, TURN, agreement_bucket
 from shoal.wire.transport import Memory
 
 
@@ -25,11 +25,13 @@ class Ballot:
     Attributes:
         stop: it asks to stop after this step.
         turn: it is ready for the next view.
+        cold: it has no state yet, and takes part without a share.
         seconds: it took for its share of the step before, without waiting for anybody; 0: it does not know.
     """
 
     stop: bool = False
     turn: bool = False
+    cold: bool = False
     seconds: float = 0.0
 
 
@@ -42,6 +44,7 @@ class Verdict:
         non_finite_ranks: ranks whose own loss was NaN or infinite.
         stop: somebody asked to stop after this step.
         turn: all are ready for the next view, and turn to it after this step.
+        cold: somebody has no state yet.
         seconds: each rank's own, for its share of the step before; empty: nobody said.
     """
 
@@ -49,6 +52,7 @@ class Verdict:
     non_finite_ranks: list[int]
     stop: bool
     turn: bool = False
+    cold: bool = False
     seconds: list[float] = field(default_factory=list)
 
 
@@ -67,6 +71,7 @@ class Agreement:
         part.zero_()
         part[LOSS] = weighted_loss.nan_to_num(0.0, 0.0, 0.0)
         part[STOP], part[TURN] = float(ballot.stop), float(ballot.turn)
+        part[COLD] = float(ballot.cold)
         part[HEAD + self._rank] = finite.logical_not()
         part[HEAD + self._world_size + self._rank] = ballot.seconds
 
@@ -76,4 +81,4 @@ class Agreement:
         flags, seconds = values[HEAD : HEAD + self._world_size], values[HEAD + self._world_size :]
         bad = [rank for rank, flag in enumerate(flags) if flag > 0]
         loss = math.nan if bad else values[LOSS]
-        return Verdict(loss, bad, values[STOP] > 0, values[TURN] == self._world_size, seconds)
+        return Verdict(loss, bad, values[STOP] > 0, values[TURN] == self._world_size, values[COLD] > 0, seconds)

@@ -116,6 +116,16 @@ class GradientBuckets:
             slot.held.local.grad = slot.target if flags[slot.held.name] else None
         return sum(flags.values())
 
+    def copy(self) -> list[Tensor]:
+        """Everything that was reduced in this step, for `install_copy`."""
+        return [bucket.target.clone() for bucket in self.buckets]
+
+    def install_copy(self, memories: Sequence[Tensor]) -> None:
+        """As `install`, with what `copy` gave after another step. For whole replicas."""
+        used = torch.cat([m[bucket.num_values :] for m, bucket in zip(memories, self.buckets, strict=True)]).tolist()
+        for (parameter, view), count in zip(self.views(memories), used, strict=True):
+            parameter.grad = view if count > 0 else None
+
     def views(self, memories: Sequence[Tensor]) -> list[tuple[nn.Parameter, Tensor]]:
         """Each parameter with its place in other memory that is laid out like the buckets' values."""
         return [(s.held.local, flat.view_like(s.held.local, memories[s.bucket], s.offset)) for s in self._slots]

@@ -114,6 +114,14 @@ class GradientExchange(OnLanes):
         if self._buckets.install() == 0 and self._replica.is_whole:
             raise no_gradient()
 
+    def reduced(self) -> list[Tensor]:
+        """A copy of what all ranks have summed in this step, clipped: what a newcomer needs to follow."""
+        return self._buckets.copy()
+
+    def install_reduced(self, copy: list[Tensor]) -> None:
+        """As `install`, with what `reduced` gave after another step."""
+        self._buckets.install_copy(copy)
+
     def release(self) -> None:
         """This rank has read its gradients: the memory may be written again once all ranks say so."""
         self._fence = self._lanes[0].submit(self._sync.fence())

@@ -17,7 +17,7 @@ class Batch:
     """Lines for one process.
 
     Attributes:
-        tool: `ip` or `tc`.
+        tool: `ip`, `tc` or `bridge`.
         lines: its commands, without the tool's name.
         namespace: the network namespace they run in; None is the caller's own.
     """

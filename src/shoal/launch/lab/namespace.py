@@ -108,11 +108,12 @@ class Network:
         """Let the switch pass a node's frames, or drop them without a word; both ends of the link stay up.
 
         Raises:
-            LabError: `ip` refused.
+            LabError: `bridge` refused.
         """
         state = _FORWARDING if connected else _DISABLED
-        line = f"link set dev {self.port(node)} type bridge_slave state {state}"
-        run_batches([Batch(tool="ip", lines=[line], namespace=self.switch)])
+        # Not `ip link set ... type bridge_slave state`: that says nothing and does nothing.
+        line = f"link set dev {self.port(node)} state {state}"
+        run_batches([Batch(tool="bridge", lines=[line], namespace=self.switch)])
 
     def counters(self, node: str) -> tuple[int, int]:
         """A node's (sent, received) bytes since its interface was made."""
