@@ -219,6 +219,16 @@ def test_an_exchange_that_breaks_while_a_planned_view_is_prepared_cancels_it() -
     assert (world.view.epoch, world.view.planned, world.seats()) == (3, False, [0, 1, 2, 3])
 
 
+def test_who_breaks_in_the_view_before_and_then_enters_the_next_waits_for_nothing() -> None:
+    world = running(settle_s=60.0)
+    world.come("d")
+    world.fail_exchange("a")
+    world.enter()
+    assert world.state == "running"
+    world.wait(70.0)
+    assert world.view.epoch == 2
+
+
 # -- coming and going
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from pathlib import Path
 from typing import Literal
 
@@ -50,13 +51,15 @@ def samples(num_samples: int) -> TensorDataset:
 
 
 class Loss:
-    """Squared error. With a folder, each call appends a digest of the parameters to a file of this rank's own."""
+    """Squared error, after a nap. With a folder, each call appends a digest of the parameters to a file of its rank."""
 
-    def __init__(self, digests: Path | None) -> None:
+    def __init__(self, digests: Path | None, nap_s: float = 0.0) -> None:
         self.digests = digests
+        self.nap_s = nap_s
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         """The mean over the batch's samples."""
+        time.sleep(self.nap_s)
         if self.digests is not None and model.training:
             content = b"".join(p.detach().numpy().tobytes() for p in model.parameters())
             with (self.digests / f"rank-{os.environ['RANK']}").open("a") as file:
@@ -65,12 +68,14 @@ class Loss:
         return ((model(x, is_rare) - y) ** 2).mean()
 
 
-def job(num_samples: int = 50, optimizer: Literal["adamw", "sgd"] = "adamw", digests: str = "") -> shoal.Job:
+def job(
+    num_samples: int = 50, optimizer: Literal["adamw", "sgd"] = "adamw", digests: str = "", nap_s: float = 0.0
+) -> shoal.Job:
     """AdamW with decay groups, a warm-up and a cosine; or plain SGD."""
     return shoal.Job(
         model=Awkward,
         data=lambda: samples(num_samples),
-        loss=Loss(Path(digests) if digests else None),
+        loss=Loss(Path(digests) if digests else None, nap_s),
         optimizer=lambda p: AdamW(shoal.decay_groups(p, 0.1), 1e-2) if optimizer == "adamw" else SGD(p, 1e-2),
         schedule=shoal.warmup(3, total=20, floor=0.1),
     )

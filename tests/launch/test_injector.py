@@ -54,7 +54,8 @@ class FakeHands:
 
     def end(self) -> None:
         for worker in self.workers.values():
-            worker.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(worker.pid, signal.SIGKILL)  # with the processes that it started
             worker.wait()
 
     def seats(self) -> list[int]:

@@ -274,7 +274,7 @@ class Attendance:
                 case {"kind": "refused", "reason": str(reason)}:
                     self._refusal = CoordinatorError(f"the coordinator refused us: {reason}", refused=True)
                 case {"kind": "waiting", "reason": str(reason)}:
-                    self.waiting = reason
+                    self.waiting = reason + _counted(document)
                 case {"kind": "view", "view": plain}:
                     view = self._newer(View.from_plain(plain))
                 case {"kind": "end", "reason": str(reason), "failed": bool(failed)}:
@@ -295,3 +295,8 @@ class Attendance:
         with self._changed:
             self._refusal = self._refusal or error
             self._changed.notify_all()
+
+
+def _counted(document: Document) -> str:
+    """How many are here of how many, if the coordinator waits for members."""
+    return f"; {document['have']} are here, {document['need']} are needed" if document.get("need") else ""

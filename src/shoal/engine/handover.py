@@ -130,7 +130,9 @@ def _transfer(world: World, parts: Parts, progress: Progress | None, part: Roles
     document: Any = None
     tensors: dict[str, Tensor] = {}
     if world.rank in part.givers and part.takers:
-        document, tensors = tree.encode(_state(parts), "state")
+        document, unordered = tree.encode(_state(parts), "state")
+        # By name: an optimizer's state is in the order in which parameters were first used, on each rank its own.
+        tensors = dict(sorted(unordered.items()))
     text = None
     if world.rank == part.teller:
         assert progress is not None

@@ -1,0 +1,272 @@
+"""Workers die, freeze, come and go, and the model that comes out is the one that plain PyTorch trains."""
+
+from __future__ import annotations
+
+import signal
+from collections import Counter
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from torch import Tensor
+
+from command_line import Ended, train, training
+from shoal.data.order import shuffled
+from shoal.engine import random_state
+from shoal.events import Event, read_events
+from shoal.job.target import resolve
+from shoal.run import Run
+from training_runs import final_state, final_tensors
+
+JOBS = Path(__file__).parents[1] / "jobs"
+REFERENCE, RANDOM, FAULTY = (f"{JOBS / name}.py:job" for name in ("reference", "random", "faulty"))
+BATCH, NUM_SAMPLES, CLIP_NORM, SEED, LEASE_S = 12, 50, 0.5, 5, 1.5
+
+
+def plan(folder: Path, *, min_nodes: int = 2, more: str = "", elastic: str = "") -> list[str]:
+    """The option that names a plan under which workers may be lost."""
+    path = folder / "plan.toml"
+    path.write_text(
+        f"""
+        seed = {SEED}
+        [batch]
+        size = {BATCH}
+        [compute]
+        device = "cpu"
+        clip_norm = {CLIP_NORM}
+        [validation]
+        every = 0
+        [elastic]
+        min_nodes = {min_nodes}
+        lease_s = {LEASE_S}
+        {elastic}
+        {more}
+        """
+    )
+    return ["--plan", str(path)]
+
+
+def faults(folder: Path, *tables: str) -> list[str]:
+    """The option that names failures to rehearse; each table is the inside of one."""
+    path = folder / "faults.toml"
+    path.write_text("".join(f"[[fault]]\n{table}\n" for table in tables))
+    return ["--faults", str(path)]
+
+
+@cache
+def single_process(steps: int) -> tuple[dict[str, Tensor], list[float]]:
+    """The reference: whole batches in one process, nothing of the engine but its seed; (parameters, losses)."""
+    job = resolve(REFERENCE, [f"num_samples={NUM_SAMPLES}"]).load()
+    random_state.seed_all(SEED, 0)
+    data, model = job.data(), job.model()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    update = job.optimizer(trainable)
+    schedule = job.schedule(update)
+    losses = []
+    for step in range(steps):
+        epoch, place = divmod(step, -(-NUM_SAMPLES // BATCH))
+        order = shuffled(np.arange(NUM_SAMPLES), NUM_SAMPLES, seed=SEED, epoch=epoch)
+        update.zero_grad()
+        loss = job.loss(model, data[torch.tensor(order[place * BATCH : (place + 1) * BATCH])])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainable, CLIP_NORM)
+        update.step()
+        schedule.step()
+        losses.append(loss.item())
+    return dict(model.named_parameters()), losses
+
+
+def events(run: Run, kind: str) -> list[Event]:
+    """All events of one kind, of every process, by time."""
+    return [event for event in read_events(run.events) if event["kind"] == kind]
+
+
+def causes(run: Run) -> list[str]:
+    """Why there was each view, in order."""
+    return list({event["epoch"]: event["cause"] for event in events(run, "view")}.values())
+
+
+def committed(run: Run) -> dict[int, Event]:
+    """Each step that counts, as the latest view that took it told it."""
+    return {event["step"]: event for event in events(run, "step")}
+
+
+def assert_as_plain_pytorch(run: Run, steps: int) -> None:
+    """Every step's loss and the final parameters are those of one process, up to the order of sums."""
+    parameters, losses = single_process(steps)
+    told = committed(run)
+    assert sorted(told) == list(range(1, steps + 1)), "a step is missing"
+    for step, loss in enumerate(losses, start=1):
+        assert told[step]["loss"] == pytest.approx(loss, rel=1e-9)
+    state = final_state(run)["model"]
+    for name, parameter in parameters.items():
+        assert torch.allclose(state[name], parameter.detach(), rtol=1e-9, atol=1e-11), name
+
+
+def assert_each_sample_once(run: Run, num_samples: int = NUM_SAMPLES) -> None:
+    """The batches of each whole epoch, as the log tells them, tile its order."""
+    places: dict[int, Counter[int]] = {}
+    for event in committed(run).values():
+        taken = range(event["first"], event["first"] + event["samples"])
+        places.setdefault(event["epoch"], Counter()).update(taken)
+    for epoch in sorted(places)[:-1]:
+        assert places[epoch] == Counter(range(num_samples)), f"epoch {epoch}"
+
+
+def assert_never_back(run: Run) -> None:
+    """No worker that lives on ever takes a step again that it has committed."""
+    for source in {event["source"] for event in events(run, "step")}:
+        steps = [event["step"] for event in events(run, "step") if event["source"] == source]
+        assert steps == sorted(set(steps)), source
+
+
+def assert_nothing_runs(run: Run) -> None:
+    words = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
+    assert not [line for line in words if any(str(run.path) in word for word in line)]
+
+
+@pytest.fixture(scope="module")
+def storm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Ended]:
+    """One run through every kind of loss: a worker killed, the coordinator killed, one frozen, the first one preempted,
+    and one that joins."""
+    folder = tmp_path_factory.mktemp("storm")
+    given = [
+        *plan(folder),
+        *faults(
+            folder,
+            'kind = "join"\nstep = 5',
+            'kind = "kill"\nrank = 2\nstep = 20',
+            'kind = "kill_coordinator"\nstep = 60',
+            'kind = "freeze"\nrank = 1\nstep = 150\nseconds = 4.0',
+            'kind = "preempt"\nrank = 0\nstep = 260',
+        ),
+    ]
+    ended = train(
+        REFERENCE, folder / "run", *given, "--nodes", "3", "--steps", "400", "--set", "nap_s=0.05", "--json"
+    )
+    return Run(folder / "run"), ended
+
+
+def test_training_goes_on_to_its_end(storm: tuple[Run, Ended]) -> None:
+    run, ended = storm
+    assert ended.code == 0, ended.stderr
+    assert ended.json["state"] == "finished"
+    assert ended.json["steps"] == 400
+    assert {event["fault"] for event in events(run, "fault_injected")} == {
+        "join", "kill", "kill_coordinator", "freeze", "preempt"
+    }  # fmt: skip
+    assert_nothing_runs(run)
+
+
+def test_the_model_is_the_one_that_plain_pytorch_trains(storm: tuple[Run, Ended]) -> None:
+    assert_as_plain_pytorch(storm[0], 400)
+
+
+def test_each_sample_is_used_once_an_epoch_and_the_log_proves_it(storm: tuple[Run, Ended]) -> None:
+    assert_each_sample_once(storm[0])
+
+
+def test_no_committed_step_is_lost(storm: tuple[Run, Ended]) -> None:
+    assert_never_back(storm[0])
+
+
+def test_every_view_says_why_it_is(storm: tuple[Run, Ended]) -> None:
+    told = causes(storm[0])
+    assert told[0] == "start"
+    assert any(cause.startswith("seat 2 on local: its connection") or "closed" in cause for cause in told)
+    assert "seat 1 on local: silent for 1.5 s" in told
+    assert 3 in {seat for event in events(storm[0], "view") for seat in event["seats"]}
+    assert "seat 0 leaves" in told
+    assert told.count("seat 1 joins") == 1, "it thawed, and came back with the others' state"
+
+
+def test_a_dead_coordinator_stops_nobody_and_changes_no_view(storm: tuple[Run, Ended]) -> None:
+    run, _ = storm
+    [killed] = [event for event in events(run, "fault_injected") if event["fault"] == "kill_coordinator"]
+    [again] = [event for event in events(run, "coordinator_started") if event["t"] > killed["t"]]
+    found = [e for e in events(run, "coordinator_found") if again["t"] - 0.1 < e["t"] < again["t"] + 5]
+    assert len(found) >= 2
+    meanwhile = [e for e in events(run, "step") if killed["t"] < e["t"] < again["t"]]
+    assert meanwhile, "training stood still without its coordinator"
+    assert not [e for e in events(run, "view") if killed["t"] < e["t"] < again["t"] + 1 and "lost" in e["cause"]]
+
+
+def test_a_newcomer_catches_up_while_the_others_train(storm: tuple[Run, Ended]) -> None:
+    run, _ = storm
+    [joined] = [e for e in events(run, "view") if e["cause"] == "seat 1 joins" and e["source"] == "rank-1"]
+    assert joined["planned"]
+    assert joined["took_state"]
+    [caught_up] = [e for e in events(run, "caught_up") if e["source"] == "rank-1" and e["t"] > joined["t"]]
+    steps = [e for e in events(run, "step") if e["source"] == "rank-1" and e["t"] > joined["t"]]
+    assert steps[0]["share"] == 0, "it has no state yet, so it trains on nothing"
+    assert steps[-1]["share"] > 0
+    assert caught_up["step"] >= steps[0]["step"]
+
+
+def test_with_too_few_workers_training_waits_and_says_so(tmp_path: Path) -> None:
+    """Of two workers, one dies and is started again: meanwhile the other keeps the state."""
+    given = [*plan(tmp_path, elastic="restarts = 1"), *faults(tmp_path, 'kind = "kill"\nrank = 1\nstep = 20')]
+    ended = train(REFERENCE, tmp_path / "run", *given, "--nodes", "2", "--steps", "60", "--set", "nap_s=0.02")
+    run = Run(tmp_path / "run")
+    assert ended.code == 0, ended.stderr
+    assert any("1 are here, 2 are needed" in event["message"] for event in events(run, "waiting"))
+    assert_as_plain_pytorch(run, 60)
+    assert_never_back(run)
+
+
+def test_killed_all_at_once_and_resumed_it_ends_with_the_same_bits(tmp_path: Path) -> None:
+    given = [*plan(tmp_path, more="[checkpoint]\nevery = 7"), "--nodes", "2"]
+    assert train(RANDOM, tmp_path / "whole", *given, "--steps", "40").code == 0
+    with training(RANDOM, tmp_path / "killed", *given, "--steps", "40", "--set", "nap_s=0.02") as handle:
+        handle.wait_for_step(17)
+        handle.kill_everything()
+    resumed = [*given, "--steps", "40", "--set", "nap_s=0.02", "--resume"]
+    ended = train(RANDOM, tmp_path / "killed", *resumed)
+    assert ended.code == 0, ended.stderr
+    whole, killed = Run(tmp_path / "whole"), Run(tmp_path / "killed")
+    one, two = final_tensors(whole), final_tensors(killed)
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+
+
+def test_a_fault_of_the_job_itself_ends_the_run_with_its_cause(tmp_path: Path) -> None:
+    """Everybody would meet it in turn: to go on without the first would only end later."""
+    given = [*plan(tmp_path), "--set", "fault=raise", "--nodes", "3", "--steps", "20"]
+    ended = train(FAULTY, tmp_path / "run", *given)
+    assert ended.code == 1
+    assert "no such token: 'fish'" in ended.stderr
+    assert ended.stderr.count("Traceback") == 1
+    assert_nothing_runs(Run(tmp_path / "run"))
+
+
+def test_ctrl_c_saves_and_ends_an_elastic_run(tmp_path: Path) -> None:
+    given = [*plan(tmp_path), "--nodes", "2", "--set", "nap_s=0.01"]
+    with training(REFERENCE, tmp_path / "run", *given) as handle:
+        handle.wait_for_step(10)
+        handle.interrupt()
+        ended = handle.wait()
+    assert ended.code == 0, ended.stderr
+    run = Run(tmp_path / "run")
+    steps = max(committed(run))
+    assert final_state(run)["progress"]["step"] == steps
+    assert {event["reason"] for event in events(run, "run_finished")} == {"interrupted"}
+    assert_nothing_runs(run)
+
+
+def test_a_worker_outside_a_launchers_reach_is_told_what_it_lacks(tmp_path: Path) -> None:
+    given = [*plan(tmp_path), "--nodes", "2", "--set", "nap_s=0.02"]
+    with training(REFERENCE, tmp_path / "run", *given) as handle:
+        handle.wait_for_step(5)
+        processes = list(handle.workers().values())
+        environment: dict[str, Any] = processes[0].environ()
+        seat = {"SHOAL_SEAT": "7", "SHOAL_TOKEN": "wrong", "SHOAL_CONTROL": ""}
+        command = processes[0].cmdline()
+        stranger = psutil.Popen(command, env={**environment, **seat})
+        assert stranger.wait(timeout=60) == 1
+        assert any("token" in event["message"] for event in events(handle.run, "error"))
+        before = max(committed(handle.run))
+        handle.wait_for_step(before + 5)
+        processes[1].send_signal(signal.SIGTERM)
