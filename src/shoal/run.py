@@ -11,9 +11,12 @@ runs/charlm-20260102-030405/
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +59,28 @@ class Run:
     def curve(self) -> Path:
         """The loss curve as a picture."""
         return self.path / "loss.png"
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Hold the run for one launcher. The kernel lets go of it when that ends, however it ends.
+
+        Raises:
+            RunError: another launcher holds it.
+        """
+        with (self.path / ".lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "unknown"
+                raise RunError(
+                    f"{self.path} is being trained by another `shoal train` (process {holder}); wait for its end, stop "
+                    "it, or name another --run"
+                ) from None
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
+            yield
 
     def write_info(self, info: dict[str, Any]) -> None:
         """Store what identifies the run (job, arguments, plan hash)."""

@@ -127,34 +127,49 @@ def execute(
     """What `train` and the command line share. `show` is given the growing history a few times a second."""
     cluster = _cluster(where)
     wanted = load_plan(Path(plan)) if isinstance(plan, str | Path) else plan
-    if where.bounds and not resume:
-        wanted = with_flags(wanted or Plan(), {"elastic": where.bounds})
     run = open_run(folder, target.short_name, resume=resume) if resume else None
     before = num_ranks(load_plan(run.plan)) if run else None
     world_size = where.nodes or (cluster.world_size if cluster else before or 1)
-    resolved = _resume_plan(run, target, wanted, limits, world_size) if run else _fresh_plan(wanted, limits, world_size)
+    flags = {"stop": limits, "elastic": where.bounds}
+    resolved = _resume_plan(run, target, wanted, flags, world_size) if run else _fresh_plan(wanted, flags, world_size)
     _check_nodes(where, cluster, resolved)
     faults = _faults(where, resolved, world_size)
     run = run or open_run(folder, target.short_name, resume=False)
-    _store(run, target, resolved)
-    history = History()
+    with run.claimed():
+        _store(run, target, resolved)
+        _launch(run, resolved, where, cluster, faults, resume=resume, show=show, notice=notice)
+    write_report(run)
+    return Result(run.path, summary(read_history(run), str(run.path)))
+
+
+def _launch(
+    run: Run,
+    plan: Plan,
+    where: Where,
+    cluster: Cluster | None,
+    faults: list[Fault],
+    *,
+    resume: bool,
+    show: Callable[[History], None],
+    notice: Callable[[str], None],
+) -> None:
+    """Start the workers and watch them to their end."""
+    history, world_size = History(), num_ranks(plan)
 
     def watch(events: list[Event]) -> None:
         show(fold(events, history))
 
     if resume:
-        fold(_past(run), history)
+        fold(read_events(run.events), history)
     with _seating(where, cluster, world_size) as (seating, lab):
-        if resolved.elastic.min_nodes:
-            membership = _membership(resolved, world_size)
+        if plan.elastic.min_nodes:
+            membership = _membership(plan, world_size)
             ElasticSupervisor(
                 seating, run, membership, resume=resume, watch=watch, notice=notice, faults=faults, lab=lab
             ).run_to_the_end()
         else:
-            servers = num_servers(resolved)
+            servers = num_servers(plan)
             Supervisor(seating, run, resume=resume, num_servers=servers, watch=watch, notice=notice).run()
-    write_report(run)
-    return Result(run.path, summary(read_history(run), str(run.path)))
 
 
 def _cluster(where: Where) -> Cluster | None:
@@ -195,7 +210,12 @@ def _faults(where: Where, plan: Plan, world_size: int) -> list[Fault]:
             "--faults rehearses failures, but under this plan the first one ends the run; set elastic.min_nodes to the "
             "least number of workers to go on with"
         )
-    return schedule(load_faults(where.faults), world_size)
+    faults = schedule(load_faults(where.faults), world_size)
+    if any(fault.kind == "flip_message" for fault in faults) and not getattr(plan.sync, "verify", False):
+        raise FaultsError(
+            "flip_message changes a byte on the wire, and under this plan nobody would notice: set sync.verify = true"
+        )
+    return faults
 
 
 def _membership(plan: Plan, world_size: int) -> Membership:
@@ -215,12 +235,19 @@ def _membership(plan: Plan, world_size: int) -> Membership:
     )
 
 
-def _fresh_plan(plan: Plan | None, limits: Limits, world_size: int) -> Plan:
-    return resolve_plan(with_flags(plan or Plan(), {"stop": limits} if limits else {}), world_size)
+Flags = Mapping[str, Mapping[str, Any]]
+"""Table of the plan -> key -> value, from the command line."""
 
 
-def _resume_plan(run: Run, target: Target, plan: Plan | None, limits: Limits, world_size: int) -> Plan:
-    """The run's own plan; only when to stop may be new. A limit that is given replaces all of the old ones."""
+def _fresh_plan(plan: Plan | None, flags: Flags, world_size: int) -> Plan:
+    return resolve_plan(with_flags(plan or Plan(), _named(flags)), world_size)
+
+
+def _resume_plan(run: Run, target: Target, plan: Plan | None, flags: Flags, world_size: int) -> Plan:
+    """The run's own plan; only when to stop, and who may come and go, may be new.
+
+    A limit that is given replaces all of the old ones.
+    """
     before = load_plan(run.plan)
     info = run.read_info()
     if (info.get("job"), info.get("arguments")) != (target.name, dict(target.arguments)):
@@ -232,20 +259,20 @@ def _resume_plan(run: Run, target: Target, plan: Plan | None, limits: Limits, wo
     if plan is not None:
         now = resolve_plan(plan, world_size)
         check_resumable(before, now)
-    if limits:
+    if flags["stop"]:
         cleared = dataclasses.replace(now.stop, steps=None, epochs=None, seconds=None, until=None)
-        now = with_flags(dataclasses.replace(now, stop=cleared), {"stop": limits})
-    return resolve_plan(now, world_size)
+        now = dataclasses.replace(now, stop=cleared)
+    return resolve_plan(with_flags(now, _named(flags)), world_size)
+
+
+def _named(flags: Flags) -> dict[str, Mapping[str, Any]]:
+    return {table: values for table, values in flags.items() if values}
 
 
 def _store(run: Run, target: Target, plan: Plan) -> None:
     write_atomic(run.plan, dump_plan(plan).encode())
     info = {"job": target.name, "arguments": dict(target.arguments), "plan_hash": plan_hash(plan)}
     run.write_info(info | {"id": secrets.token_hex(8)})  # of this attempt: who attends to another's is refused
-
-
-def _past(run: Run) -> list[Event]:
-    return read_events(run.events)
 
 
 @contextlib.contextmanager

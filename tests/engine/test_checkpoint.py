@@ -257,6 +257,17 @@ def test_a_manifest_that_is_none_makes_a_damaged_checkpoint(manifest: str, tmp_p
     assert [saved.step for saved in store.list()] == [-1]
 
 
+def test_no_byte_of_the_manifest_can_change_unnoticed(tmp_path: Path) -> None:
+    path = write(Archive(tmp_path, keep=1, keep_best=False), 5)
+    whole = (path / "manifest.json").read_bytes()
+    for place in range(len(whole)):
+        changed = bytearray(whole)
+        changed[place] ^= 1
+        (path / "manifest.json").write_bytes(changed)
+        with pytest.raises(CheckpointError, match="step-00000005"):
+            archive.read(path)
+
+
 def test_a_manifest_must_name_both_files(tmp_path: Path) -> None:
     path = write(Archive(tmp_path, keep=1, keep_best=False), 5)
     manifest = json.loads((path / "manifest.json").read_text())
@@ -269,7 +280,7 @@ def test_another_versions_format_is_named(tmp_path: Path) -> None:
     path = write(Archive(tmp_path, keep=1, keep_best=False), 5)
     manifest = json.loads((path / "manifest.json").read_text())
     (path / "manifest.json").write_text(json.dumps(manifest | {"format": 99}))
-    with pytest.raises(CheckpointError, match="has format 99, expected 2"):
+    with pytest.raises(CheckpointError, match="has format 99, expected 3"):
         archive.read(path)
 
 

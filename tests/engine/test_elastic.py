@@ -19,6 +19,7 @@ from shoal.data.order import shuffled
 from shoal.engine import random_state
 from shoal.events import Event, read_events
 from shoal.job.target import resolve
+from shoal.launch.lab.rights import availability
 from shoal.run import Run
 from training_runs import final_state, final_tensors
 
@@ -270,3 +271,28 @@ def test_a_worker_outside_a_launchers_reach_is_told_what_it_lacks(tmp_path: Path
         before = max(committed(handle.run))
         handle.wait_for_step(before + 5)
         processes[1].send_signal(signal.SIGTERM)
+
+
+@pytest.mark.skipif(not all(needed.ok for needed in availability()[:3]), reason="the lab needs root and iproute2")
+def test_over_a_network_a_cut_link_and_a_damaged_message_cost_no_step(tmp_path: Path) -> None:
+    """Nodes with links of their own: one is cut off and comes back, one sends a message in which a byte is wrong."""
+    given = [
+        *plan(tmp_path, more="[sync]\nverify = true"),
+        *faults(
+            tmp_path,
+            'kind = "flip_message"\nrank = 1\nstep = 30',
+            'kind = "cut"\nnode = "node2"\nstep = 60\nseconds = 3.0',
+            'kind = "flip_message"\nrank = 0\nstep = 200',
+        ),
+    ]
+    lab = ["--on", "lab", "--lab", "nodes=3,link=100mbit"]
+    ended = train(REFERENCE, tmp_path / "run", *given, *lab, "--steps", "250", "--set", "nap_s=0.05")
+    run = Run(tmp_path / "run")
+    assert ended.code == 0, ended.stderr
+    assert_as_plain_pytorch(run, 250)
+    assert_each_sample_once(run)
+    assert_never_back(run)
+    damaged = [event["message"] for event in events(run, "view_lost") if "arrived damaged" in event["message"]]
+    assert len(damaged) == 2, "each damaged message was caught once"
+    assert any("seat 2 on node2: silent" in cause for cause in causes(run))
+    assert "seat 2 joins" in causes(run), "it came back when its link did"

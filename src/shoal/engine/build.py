@@ -165,7 +165,7 @@ def connect_lanes(plan: Plan, topology: Topology, world: World, device: torch.de
     """Connect this rank to the same part of the other replicas as the plan's sync needs it. Collective."""
     grid = arrange(plan.layout, topology.nodes)
     sync = build_sync(plan, replicas(grid, topology), None)
-    made = Lanes(topology, grid, world, device)
+    made = Lanes(topology, grid, world, device, verify=getattr(plan.sync, "verify", False))
     lanes = [made.build(lane, sync.groups) for lane in range(sync.num_lanes(device.type))]
     return Connected(plan=plan, topology=topology, grid=grid, world=world, lanes=lanes, device=device)
 

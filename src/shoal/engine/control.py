@@ -7,16 +7,21 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 _STDIN = 0
 
 
 class StopRequest:
-    """Whether somebody asked this worker to stop after the step at hand."""
+    """Whether somebody asked this worker to stop after the step at hand.
+
+    Attributes:
+        on_flip: called when a rehearsal asks for a byte of the next message to be changed.
+    """
 
     def __init__(self) -> None:
         self._event = threading.Event()
+        self.on_flip: Callable[[], None] = lambda: None
 
     def __bool__(self) -> bool:
         return self._event.is_set()
@@ -46,4 +51,6 @@ def _watch(request: StopRequest) -> None:
     while data := os.read(_STDIN, 4096):
         if b"stop" in data:
             request.set()
+        if b"flip" in data:
+            request.on_flip()
     os.killpg(0, signal.SIGKILL)  # our session: this process and the loader processes it forked

@@ -134,6 +134,7 @@ class _ElasticRank:
             on_view=self._on_view,
             log=start.log.write,
         )
+        start.stop_request.on_flip = self._damage_next
         signal.signal(signal.SIGTERM, lambda *_: self._hand_in_notice())
 
     def train(self) -> None:
@@ -152,6 +153,12 @@ class _ElasticRank:
                 self._log.write("view_lost", epoch=connecting.view.epoch, message=str(error))
                 self.attendance.broken(connecting.view.epoch, str(error))
         self._log.write("left", step=self._progress.step if self._progress else 0)
+
+    def _damage_next(self) -> None:
+        """A rehearsal: a byte of the next message goes wrong."""
+        current = self._current
+        if current is not None and current.connected is not None:
+            current.connected.world.damage_next()
 
     def _hand_in_notice(self) -> None:
         """SIGTERM: this machine is about to be taken away."""

@@ -13,7 +13,6 @@ import dataclasses
 import hashlib
 import json
 import threading
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,10 +27,10 @@ from shoal.engine.layout.optimizer_state import named_state
 from shoal.engine.progress import Progress
 from shoal.engine.restoring import restore
 from shoal.errors import PeerLostError
+from shoal.wire.checksum import NUM_BYTES, check, checksum
 from shoal.wire.groups import Group, World, failures_as_lost_peers
 
 _PIECE_BYTES = 4 << 20
-_CHECKSUM_BYTES = 8
 _NOTHING = -1
 
 
@@ -219,9 +218,9 @@ class Giving:
     def _send(self, pieces: Iterator[range], memories: list[Tensor], start: int) -> None:
         under_way: list[Any] = []
         for piece in pieces:
-            message = torch.empty(len(piece) + _CHECKSUM_BYTES, dtype=torch.uint8)
+            message = torch.empty(len(piece) + NUM_BYTES, dtype=torch.uint8)
             _copy(memories, range(piece.start - start, piece.stop - start), message, into=False)
-            message[len(piece) :] = _checksum(message[: len(piece)])
+            message[len(piece) :] = checksum(message[: len(piece)])
             sent = [(message, self._group.send(message, taker)) for taker in self._part.takers]
             for _, work in under_way:
                 work.wait()
@@ -287,15 +286,12 @@ class Taking:
                 if piece is None:
                     streams.remove((giver, pieces))
                     continue
-                message = torch.empty(len(piece) + _CHECKSUM_BYTES, dtype=torch.uint8)
+                message = torch.empty(len(piece) + NUM_BYTES, dtype=torch.uint8)
                 arriving.append((giver, piece, message, self._group.receive(message, giver)))
             for giver, piece, message, work in arriving:
                 work.wait()
-                if not torch.equal(message[len(piece) :], _checksum(message[: len(piece)])):
-                    raise PeerLostError(
-                        f"a piece of the state (bytes {piece.start} to {piece.stop}) from rank {giver} arrived "
-                        "damaged: its checksum differs; it was not used"
-                    )
+                what = f"a piece of the state (bytes {piece.start} to {piece.stop}) from rank {giver}"
+                check(message[: len(piece)], message[len(piece) :], what)
                 _copy(memories, piece, message, into=True)
 
     def _run(self) -> None:
@@ -329,8 +325,3 @@ def _bytes_of(tensor: Tensor) -> Tensor:
     """A tensor's memory as bytes, shape (n,); a copy if it is not contiguous."""
     flat = tensor.contiguous().reshape(-1)
     return flat.view(torch.uint8) if flat.numel() else torch.empty(0, dtype=torch.uint8)
-
-
-def _checksum(content: Tensor) -> Tensor:
-    value = zlib.crc32(content.numpy().data)
-    return torch.frombuffer(bytearray(value.to_bytes(_CHECKSUM_BYTES, "little")), dtype=torch.uint8)

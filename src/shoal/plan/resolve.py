@@ -102,7 +102,7 @@ def num_servers(plan: Plan) -> int:
 
 
 def check_resumable(before: Plan, now: Plan) -> None:
-    """Refuse to resume under a plan that differs in anything but when to stop.
+    """Refuse to resume under a plan that differs in anything but when to stop, and who may come and go.
 
     The layout may differ, and the number of ranks with it, where no rank holds what the others do not (all-reduce
     without a codec): a checkpoint belongs to no layout.
@@ -113,7 +113,7 @@ def check_resumable(before: Plan, now: Plan) -> None:
     movable = before.sync.kind == "allreduce" and before.codec.kind == "none"
     for table in dataclasses.fields(Plan):
         old, new = getattr(before, table.name), getattr(now, table.name)
-        if table.name == "stop" or old == new or (movable and table.name == "layout"):
+        if table.name in ("stop", "elastic") or old == new or (movable and table.name == "layout"):
             continue
         if movable and table.name == "batch" and dataclasses.replace(old, shares=new.shares) == new:
             continue

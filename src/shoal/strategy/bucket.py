@@ -22,7 +22,8 @@ class Piece:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Flat memory of one dtype: values, then one flag a parameter (above 0: it has a gradient somewhere).
+    """Flat memory of one dtype: values, then one flag a parameter (above 0: it has a gradient somewhere), and one for
+    all (above 0: some rank could not compute its part).
 
     Flags ride with the values they belong to, but no codec touches them.
 

@@ -49,8 +49,8 @@ class Flat(Generic[T]):
         return self.named[0][1].dtype
 
     def bucket(self, allocate: Callable[[int, torch.dtype], Memory], *, flags: bool) -> Bucket:
-        """Memory for the values, and with `flags` for one flag a parameter."""
-        memory = allocate(self.num_values + (len(self.named) if flags else 0), self.dtype)
+        """Memory for the values, and with `flags` for one flag a parameter and one for all."""
+        memory = allocate(self.num_values + (len(self.named) + 1 if flags else 0), self.dtype)
         return Bucket.over(self.name, memory, self.num_values, self.pieces)
 
 

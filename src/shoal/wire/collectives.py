@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from shoal.ops import AllGather, AllReduce, AllToAll, Barrier, Broadcast, Op, SendRecv
+from shoal.wire import checksum
 from shoal.wire.groups import Group, failures_as_lost_peers
 from shoal.wire.traffic import Traffic, messages_of, size_bytes
 from shoal.wire.transport import Memory, private_memory
@@ -20,8 +21,10 @@ from shoal.wire.transport import Memory, private_memory
 class TorchTransport:
     """One process group. Tensors live on `device`."""
 
-    def __init__(self, group: Group, device: torch.device) -> None:
+    def __init__(self, group: Group, device: torch.device, *, verify: bool = False) -> None:
+        """`verify`: a checksum goes with every message that this module sends itself (all but the library's sums)."""
         self._group = group
+        self._verify = verify and device.type == "cpu"
         self._members = group.members
         self._device = device
         self.traffic = Traffic()
@@ -54,15 +57,23 @@ class TorchTransport:
             case AllToAll(tensor):
                 return self._all_to_all(tensor)
             case AllGather(tensor):
-                rows = torch.empty((group.size, tensor.numel()), dtype=tensor.dtype, device=tensor.device)
-                group.all_gather(list(rows), tensor)
-                self._record_library(op)
-                return rows
+                return self._all_gather(tensor)
             case SendRecv(tensor, to, into, source):
                 self._send_and_receive(tensor, to, into, source)
             case Barrier():
                 group.barrier()
         return None
+
+    def _all_gather(self, tensor: Tensor) -> Tensor:
+        rows = torch.empty((self._group.size, tensor.numel()), dtype=tensor.dtype, device=tensor.device)
+        self._group.all_gather(list(rows), tensor)
+        self._record_library(AllGather(tensor, ""))
+        if self._verify:
+            sums = torch.empty((self._group.size, checksum.NUM_BYTES), dtype=torch.uint8)
+            self._group.all_gather(list(sums), checksum.checksum(tensor))
+            for member, row, told in zip(self._members, rows, sums, strict=True):
+                checksum.check(row, told, f"what rank {member} gave to all")
+        return rows
 
     def _all_to_all(self, rows: Tensor) -> Tensor:
         """In rounds: in round k everybody sends to the k-th after it and receives from the k-th before.
@@ -75,22 +86,26 @@ class TorchTransport:
         received[me] = rows[me]
         for distance in range(1, size):
             to, source = (me + distance) % size, (me - distance) % size
-            arriving = self._group.receive(received[source], source)
-            leaving = self._group.send(rows[to], to)
-            self.traffic.record([(self._members[to], size_bytes(rows[to]))])
-            arriving.wait()
-            leaving.wait()
+            self._send_and_receive(rows[to], to, received[source], source)
         return received
 
     def _send_and_receive(self, tensor: Any, to: int | None, into: Any, source: int | None) -> None:
-        waiting = []
+        waiting, told = [], None
         if source is not None and into.numel():
             waiting.append(self._group.receive(into, source))
+            if self._verify:
+                told = checksum.empty()
+                waiting.append(self._group.receive(told, source))
         if to is not None and tensor.numel():
-            waiting.append(self._group.send(tensor.contiguous(), to))
+            content = tensor.contiguous()
+            waiting.append(self._group.send(content, to))
+            if self._verify:
+                waiting.append(self._group.send(checksum.checksum(content), to))
             self.traffic.record([(self._members[to], size_bytes(tensor))])
         for work in waiting:
             work.wait()
+        if told is not None and source is not None:
+            checksum.check(into, told, f"a message from rank {self._members[source]}")
 
     def _record_library(self, op: Op) -> None:
         self.traffic.record(messages_of(op, self._group.index, self._members))

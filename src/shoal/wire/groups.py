@@ -40,6 +40,7 @@ class Group:
     ) -> None:
         """`backends`: by type of device. `timeout`: of one message; the other operations have the backends' own."""
         self._timeout = timeout
+        self.is_to_damage: Callable[[], bool] = lambda: False
         self.members = list(members)
         self.index = self.members.index(rank)
         self._backends = backends
@@ -69,6 +70,8 @@ class Group:
 
     def send(self, tensor: Tensor, to: int) -> Any:
         """Begin to send to member `to`; returns what to `wait` for."""
+        if tensor.numel() and self.is_to_damage():
+            tensor = _damaged(tensor)
         return _Message(self._of(tensor).send([tensor], to, 0), self._timeout)
 
     def receive(self, tensor: Tensor, source: int) -> Any:
@@ -137,6 +140,7 @@ class World:
         self._on_cut: list[Callable[[], None]] = []
         self._on_close: list[Callable[[], None]] = []
         self._groups: list[Group] = []
+        self._damages: list[None] = []
         self._is_cut = False
         self._everybody: Group | None = None
 
@@ -179,6 +183,7 @@ class World:
                 backends["cuda"] = nccl
             self._sockets |= {fd: inode for fd, inode in _open_sockets().items() if before.get(fd) != inode}
         group = Group(backends, members, self.rank, _SILENCE)
+        group.is_to_damage = self._take_damage
         self._groups.append(group)
         if self._is_cut:
             self._shut_down()
@@ -196,6 +201,16 @@ class World:
             self.everybody.all_reduce(total)
         summed: list[float] = total.tolist()
         return summed
+
+    def damage_next(self) -> None:
+        """Change a byte of the next message that this rank sends, as a bad cable would: for rehearsals."""
+        self._damages.append(None)
+
+    def _take_damage(self) -> bool:
+        if not self._damages:
+            return False
+        self._damages.pop()
+        return True
 
     def on_cut(self, action: Callable[[], None]) -> None:
         """Call `action` when the view is cut, from whatever thread that is; now, if it has been."""
@@ -230,6 +245,13 @@ class World:
             with contextlib.suppress(OSError):
                 if os.fstat(descriptor).st_ino == inode:
                     _shut_down(descriptor, self._exempt)
+
+
+def _damaged(tensor: Tensor) -> Tensor:
+    copy = tensor.detach().clone().contiguous()
+    content = copy.reshape(-1).view(torch.uint8)
+    content[len(content) // 2] ^= 0x10
+    return copy
 
 
 def _open_sockets() -> dict[int, int]:

@@ -32,7 +32,7 @@ from shoal.errors import CheckpointError
 from shoal.run import sync_folder
 
 _TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
-_FORMAT = 2
+_FORMAT = 3
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -154,9 +154,9 @@ class Archive:
         found = []
         for path in self._folder.glob("step-*"):
             try:
-                manifest = json.loads((path / _MANIFEST).read_text())
+                manifest = _manifest(path)
                 found.append(Saved(path, int(manifest["step"]), bool(manifest["best"])))
-            except (OSError, ValueError, KeyError, TypeError):
+            except CheckpointError:
                 found.append(Saved(path, -1, best=False))
         return sorted(found, key=lambda saved: (len(saved.path.name), saved.path.name))
 
@@ -213,7 +213,7 @@ def read_private(path: Path, rank: int) -> tuple[Any, Mapping[str, Tensor]] | No
     """
     names = [f"rank-{rank}.safetensors", f"rank-{rank}.json"]
     with damage_named(path):
-        manifest = json.loads((path / _MANIFEST).read_text())
+        manifest = _manifest(path)
         if names[0] not in manifest["files"]:
             return None
         for name in names:
@@ -228,7 +228,7 @@ def verify(path: Path) -> None:
         CheckpointError: a file is missing, cut short or changed.
     """
     with damage_named(path):
-        for name, entry in json.loads((path / _MANIFEST).read_text())["files"].items():
+        for name, entry in _manifest(path)["files"].items():
             _verify(path / name, entry)
 
 
@@ -239,11 +239,7 @@ def read(path: Path) -> tuple[Any, dict[str, Tensor]]:
         CheckpointError: a file is missing, cut short or changed.
     """
     with damage_named(path):
-        manifest = json.loads((path / _MANIFEST).read_text())
-        if manifest["format"] != _FORMAT:
-            raise CheckpointError(
-                f"{path} has format {manifest['format']}, expected {_FORMAT}; it is another version's"
-            )
+        manifest = _manifest(path)
         for name in (_TENSORS, _STATE):
             _verify(path / name, manifest["files"][name])
         state = json.loads((path / _STATE).read_text())
@@ -262,6 +258,27 @@ def damage_named(path: Path) -> Iterator[None]:
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         raise CheckpointError(f"checkpoint {path} is damaged: {reason}") from None
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """A checkpoint's manifest, checked: it carries its own digest, since all else is checked by it.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or another version's.
+    """
+    with damage_named(path):
+        manifest: dict[str, Any] = json.loads((path / _MANIFEST).read_text())
+        if manifest["format"] != _FORMAT:
+            raise CheckpointError(
+                f"{path} has format {manifest['format']}, expected {_FORMAT}; it is another version's"
+            )
+        if manifest.pop("sha256") != _digest(manifest):
+            raise CheckpointError(f"checkpoint {path} is damaged: the content of {_MANIFEST} has changed")
+        return manifest
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _name(step: int) -> str:
@@ -286,6 +303,7 @@ def _write_folder(
         attachment.path.rename(folder / attachment.path.name)
         files[attachment.path.name] = {"size_bytes": attachment.size_bytes, "sha256": attachment.sha256}
     manifest = {"format": _FORMAT, "step": step, "best": best, "files": files}
+    manifest["sha256"] = _digest(manifest)
     (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2))
     for name in (_TENSORS, _STATE, _MANIFEST):
         _sync_file(folder / name)

@@ -1,8 +1,9 @@
 """What all ranks must know about a step before it counts: a few numbers, summed exactly while backward runs.
 
-They carry the loss, a flag for each rank whose loss is not finite, votes, and how long each rank computed. Every rank
-reads the same sums, so all decide alike. They leave before the gradients: behind them they would wait in the queues of
-a slow link.
+They carry the loss, a flag for each rank whose loss is not finite, votes, and how long each rank took for its data and
+for computing. Every rank reads the same sums, so all decide alike. They leave before the gradients: behind them they
+would wait in the queues of a slow link. What becomes known later, that a rank ran out of memory in backward, is a flag
+of the gradients' own; whose it was is asked in a second round, which only such a step has.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from shoal.strategy.agreement import COLD, HEAD, LOSS, STOP, TURN, agreement_bucket
+from shoal.strategy.agreement import COLD, COMPUTE_S, DATA_S, FLAG, LOSS, SAVE, STOP, TURN, agreement_bucket, row
 from shoal.wire.transport import Memory
 
 
@@ -26,13 +27,17 @@ class Ballot:
         stop: it asks to stop after this step.
         turn: it is ready for the next view.
         cold: it has no state yet, and takes part without a share.
-        seconds: it took for its share of the step before, without waiting for anybody; 0: it does not know.
+        save: it asks for a checkpoint after this step.
+        data_s, compute_s: how long it waited for its samples of the step before, and computed on them, waiting for
+            other ranks left out; 0: it does not know.
     """
 
     stop: bool = False
     turn: bool = False
     cold: bool = False
-    seconds: float = 0.0
+    save: bool = False
+    data_s: float = 0.0
+    compute_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,9 @@ class Verdict:
         stop: somebody asked to stop after this step.
         turn: all are ready for the next view, and turn to it after this step.
         cold: somebody has no state yet.
-        seconds: each rank's own, for its share of the step before; empty: nobody said.
+        save: somebody asked for a checkpoint after this step.
+        data_s, compute_s: each rank's own, of the step before; empty: nobody said.
+        short_ranks: ranks that ran out of memory; if there are any, the step did not happen and all else is void.
     """
 
     loss: float
@@ -53,7 +60,10 @@ class Verdict:
     stop: bool
     turn: bool = False
     cold: bool = False
-    seconds: list[float] = field(default_factory=list)
+    save: bool = False
+    data_s: list[float] = field(default_factory=list)
+    compute_s: list[float] = field(default_factory=list)
+    short_ranks: list[int] = field(default_factory=list)
 
 
 class Agreement:
@@ -71,14 +81,38 @@ class Agreement:
         part.zero_()
         part[LOSS] = weighted_loss.nan_to_num(0.0, 0.0, 0.0)
         part[STOP], part[TURN] = float(ballot.stop), float(ballot.turn)
-        part[COLD] = float(ballot.cold)
-        part[HEAD + self._rank] = finite.logical_not()
-        part[HEAD + self._world_size + self._rank] = ballot.seconds
+        part[COLD], part[SAVE] = float(ballot.cold), float(ballot.save)
+        self._own(FLAG)[...] = finite.logical_not()
+        self._own(DATA_S)[...] = ballot.data_s
+        self._own(COMPUTE_S)[...] = ballot.compute_s
 
     def read(self) -> Verdict:
         """Read the sums, after the exchange of `bucket`."""
         values = self.bucket.target.tolist()
-        flags, seconds = values[HEAD : HEAD + self._world_size], values[HEAD + self._world_size :]
-        bad = [rank for rank, flag in enumerate(flags) if flag > 0]
-        loss = math.nan if bad else values[LOSS]
-        return Verdict(loss, bad, values[STOP] > 0, values[TURN] == self._world_size, values[COLD] > 0, seconds)
+        bad, data_s, compute_s = self.flagged(), values[self._row(DATA_S)], values[self._row(COMPUTE_S)]
+        return Verdict(
+            loss=math.nan if bad else values[LOSS],
+            non_finite_ranks=bad,
+            stop=values[STOP] > 0,
+            turn=values[TURN] == self._world_size,
+            cold=values[COLD] > 0,
+            save=values[SAVE] > 0,
+            data_s=data_s,
+            compute_s=compute_s,
+        )
+
+    def propose_flag(self, value: bool) -> None:
+        """Write nothing but this rank's flag: the question of the round says what it means."""
+        self.bucket.source.zero_()
+        self._own(FLAG)[...] = float(value)
+
+    def flagged(self) -> list[int]:
+        """The ranks that have set their flag, after the exchange of `bucket`."""
+        flags = self.bucket.target[self._row(FLAG)].tolist()
+        return [rank for rank, flag in enumerate(flags) if flag > 0]
+
+    def _row(self, index: int) -> slice:
+        return row(index, self._world_size)
+
+    def _own(self, index: int) -> Tensor:
+        return self.bucket.source[self._row(index)][self._rank]

@@ -55,10 +55,12 @@ class ReplicaExchange(Protocol):
     Attributes:
         asynchronous: ranks go at their own pace, and meet only now and then.
         replicas_equal: between steps every rank holds the same parameters and optimizer state.
+        stalled_s: how long this rank has waited for others in the backward of the step at hand.
     """
 
     asynchronous: bool
     replicas_equal: bool
+    stalled_s: float
 
     @property
     def traffic(self) -> Traffic:
@@ -125,6 +127,8 @@ class ReplicaExchange(Protocol):
 
 class OnLanes:
     """What exchanges that own lanes have in common."""
+
+    stalled_s = 0.0
 
     def __init__(self, wiring: Wiring) -> None:
         self._lanes = [Lane(transports, wiring.device) for transports in wiring.lanes]

@@ -7,6 +7,9 @@ reduced values. Moving costs one read and one write, less than clearing the slot
 Buckets follow the parameters' order backwards, since the last layers' gradients come first. They are never rebuilt.
 A parameter without a gradient on this rank counts as zeros; one without a gradient on any rank keeps `grad = None`,
 as it would on a single process, so that the optimizer passes it over.
+
+A rank that cannot go on (it ran out of memory) sends what has not left yet all the same, marked as spoiled: nobody
+hangs, and everybody knows.
 """
 
 from __future__ import annotations
@@ -75,12 +78,13 @@ class GradientBuckets:
         self._slots_of = [[s for s in self._slots if s.bucket == index] for index in range(len(self.buckets))]
         self._missing = [0] * len(self.buckets)
         self._next = 0
-        self._sending = False
+        self._sending = self._spoiled = False
         self._hooks = [slot.held.owner.register_post_accumulate_grad_hook(self._hook(slot)) for slot in self._slots]
 
     def begin(self) -> None:
         """A new step: no gradient is there yet."""
         self._replica.clear_gradients()
+        self._spoiled = False
         for slot in self._slots:
             slot.filled = False
 
@@ -101,13 +105,26 @@ class GradientBuckets:
         while self._next < len(self.buckets):
             self._send_next()
 
+    def spoil(self) -> None:
+        """This rank's gradient will not be complete: mark the buckets that have not left yet.
+
+        If all have left, then it was complete, and nothing is marked.
+        """
+        self._spoiled = True
+
+    @property
+    def is_spoiled(self) -> bool:
+        """Whether some rank's gradient was not complete, after the exchange."""
+        last = self.buckets[-1].target  # whoever could not go on had not sent the last one, at least
+        return bool(last[-1] > 0)
+
     def install(self) -> int:
         """Point every parameter's gradient at the reduced values, or to None where no rank had one.
 
         Returns:
             How many parameters have a gradient.
         """
-        used = torch.cat([bucket.target[bucket.num_values :] for bucket in self.buckets]).tolist()
+        used = torch.cat([bucket.target[bucket.num_values : -1] for bucket in self.buckets]).tolist()
         flags = {slot.held.name: count > 0 for slot, count in zip(self._slots, used, strict=True)}
         anywhere = self._replica.used_anywhere([flags[held.name] for held in self._replica.held])
         flags = {held.name: flag for held, flag in zip(self._replica.held, anywhere, strict=True)}
@@ -122,7 +139,7 @@ class GradientBuckets:
 
     def install_copy(self, memories: Sequence[Tensor]) -> None:
         """As `install`, with what `copy` gave after another step. For whole replicas."""
-        used = torch.cat([m[bucket.num_values :] for m, bucket in zip(memories, self.buckets, strict=True)]).tolist()
+        used = torch.cat([m[bucket.num_values : -1] for m, bucket in zip(memories, self.buckets, strict=True)]).tolist()
         for (parameter, view), count in zip(self.views(memories), used, strict=True):
             parameter.grad = view if count > 0 else None
 
@@ -177,9 +194,8 @@ class GradientBuckets:
         for slot in slots:
             if not slot.filled:
                 slot.source.zero_()
-        flags = torch.tensor(
-            [slot.filled and self._replica.used(slot.held.name) for slot in slots], dtype=bucket.source.dtype
-        )
+        used = [slot.filled and self._replica.used(slot.held.name) for slot in slots]
+        flags = torch.tensor([*used, self._spoiled], dtype=bucket.source.dtype)
         bucket.source[bucket.num_values :].copy_(flags, non_blocking=True)
         self._send(self._next, bucket)
         self._next += 1

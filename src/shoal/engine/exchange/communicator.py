@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from shoal.errors import PeerLostError
 from shoal.ops import Exchange
 from shoal.wire.traffic import Traffic, total
 from shoal.wire.transport import Transport
@@ -39,6 +40,7 @@ class Lane:
     def __init__(self, transports: Mapping[str, Transport], device: torch.device) -> None:
         """`transports` by group name; all belong to this object from now on."""
         self.transports = transports
+        self._broken: BaseException | None = None
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="shoal-communication")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -55,7 +57,7 @@ class Lane:
     def submit(self, exchange: Exchange) -> Future[Any]:
         """Queue an exchange behind all that were submitted before; give the future to `wait`."""
         if self._stream is None:
-            return self._executor.submit(perform, exchange, self.transports)
+            return self._executor.submit(self._perform, exchange)
         ready = torch.cuda.Event()
         ready.record()
         return self._executor.submit(self._perform_on_stream, exchange, ready)
@@ -73,8 +75,18 @@ class Lane:
         for transport in self.transports.values():
             transport.close()
 
+    def _perform(self, exchange: Exchange) -> Any:
+        """One exchange, unless one before it failed: others still wait for messages of that one, not of this."""
+        if self._broken is not None:
+            raise PeerLostError(f"an exchange before this one failed: {self._broken}") from self._broken
+        try:
+            return perform(exchange, self.transports)
+        except BaseException as error:
+            self._broken = error
+            raise
+
     def _perform_on_stream(self, exchange: Exchange, ready: torch.cuda.Event) -> Any:
         assert self._stream is not None
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(ready)
-            return perform(exchange, self.transports)
+            return self._perform(exchange)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
+import time
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -48,6 +50,7 @@ class GradientExchange(OnLanes):
             self._adam = CompressedAdam(wiring.optimizer, self._buckets, coder)
         self._in_flight: list[tuple[Lane, Future[Any]]] = []
         self._fence: Future[Any] | None = None
+        self._is_short = False
         self._norm = 0.0
 
     def denominator(self, batch: Batch) -> float:
@@ -57,6 +60,8 @@ class GradientExchange(OnLanes):
     def begin(self, batch: Batch, clock: int) -> None:
         """A new step."""
         self._buckets.begin()
+        self.stalled_s = 0.0
+        self._is_short = False
 
     def before_backward(self) -> None:
         """Call before each micro-batch's backward."""
@@ -70,13 +75,31 @@ class GradientExchange(OnLanes):
         self._in_flight.append((first, first.submit(self._sync.exchange_exact(self._agreement.bucket))))
         self._buckets.begin_last_backward()
 
+    def give_up(self) -> None:
+        """This rank cannot compute its gradient: take part in the step nevertheless, so that all can drop it."""
+        if not self._in_flight:
+            self.before_last_backward(torch.zeros(()), Ballot())
+        self._is_short = True
+        self._buckets.spoil()
+
     def finish(self) -> Verdict:
         """Send what is left, wait for everything, and return what the ranks agreed on."""
         self._buckets.end_last_backward()
         for lane, future in self._in_flight:
             lane.wait(future)
         self._in_flight.clear()
-        return self._agreement.read()
+        verdict = self._agreement.read()
+        return self._dropped(verdict) if self._buckets.is_spoiled else verdict
+
+    def _dropped(self, verdict: Verdict) -> Verdict:
+        """Ask whose gradient was not complete. What codecs have remembered of the others' is no longer true."""
+        first = self._lanes[0]
+        first.wait(first.submit(self._sync.fence()))
+        self._agreement.propose_flag(self._is_short)
+        first.wait(first.submit(self._sync.exchange_exact(self._agreement.bucket)))
+        if self._coder is not None:
+            self._coder.reset()
+        return dataclasses.replace(verdict, short_ranks=self._agreement.flagged())
 
     def clip(self, max_norm: float) -> float:
         """Scale the reduced gradients down to `max_norm`; return their norm before that."""
@@ -170,5 +193,7 @@ class GradientExchange(OnLanes):
 
     def _pass_fence(self) -> None:
         if self._fence is not None:
+            started = time.perf_counter()
             self._lanes[0].wait(self._fence)
+            self.stalled_s += time.perf_counter() - started
             self._fence = None

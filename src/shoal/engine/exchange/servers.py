@@ -33,6 +33,7 @@ class ServersExchange:
     """Runs `ParameterServerSync`."""
 
     replicas_equal = True
+    stalled_s = 0.0
 
     def __init__(self, wiring: Wiring, sync: ParameterServerSync, coder: Coder | None) -> None:
         """Connect to the servers and put the model's values on them. Collective."""

@@ -16,7 +16,11 @@ from shoal.wire.transport import Transport
 class Lanes:
     """Makes lanes; all ranks make the same ones in the same order."""
 
-    def __init__(self, topology: Topology, grid: Grid, world: World, device: torch.device) -> None:
+    def __init__(
+        self, topology: Topology, grid: Grid, world: World, device: torch.device, *, verify: bool = False
+    ) -> None:
+        """`verify`: checksums go with messages."""
+        self._verify = verify
         self._topology = topology
         self._own = grid.group(topology.rank, "replicate")
         self._world = world
@@ -34,7 +38,7 @@ class Lanes:
         return transports
 
     def _over(self, lane: int, name: str, members: list[int]) -> Transport:
-        return TorchTransport(self._world.group(f"{lane}/{name}", members), self._device)
+        return TorchTransport(self._world.group(f"{lane}/{name}", members), self._device, verify=self._verify)
 
     def _node(self, lane: int) -> Transport:
         local = self._neighbours()

@@ -27,6 +27,8 @@ class AllReduceConfig:
             hierarchical wherever a node holds more than one rank.
         algorithm: how an uncompressed bucket is summed over the network: see `algorithms.py`.
         bucket_mb: the size, in MB of gradient, at which a bucket is closed and sent.
+        verify: send a CRC-32 with every message, and use none that is damaged. The library's own sums cannot: algorithm
+            "library" then means "ring".
         lanes: how many buckets are on the network at once, each over connections of its own; 0 decides by itself.
     """
 
@@ -35,6 +37,7 @@ class AllReduceConfig:
     form: Form = "auto"
     algorithm: Algorithm = "library"
     bucket_mb: Annotated[float, pydantic.Field(gt=0, le=1024)] = 4.0
+    verify: bool = False
     lanes: Annotated[int, pydantic.Field(ge=0, le=16)] = 0
 
 
@@ -42,7 +45,8 @@ class AllReduceSync(Summation):
     """The exchange of one bucket of gradients, each step."""
 
     def __init__(self, config: AllReduceConfig, coder: Coder | None, topology: Topology) -> None:
-        super().__init__(topology, coder, config.form, config.algorithm)
+        by_itself = config.verify and config.algorithm == "library"
+        super().__init__(topology, coder, config.form, "ring" if by_itself else config.algorithm)
         self.config = config
 
     def num_lanes(self, device: str) -> int:
