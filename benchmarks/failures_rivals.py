@@ -29,7 +29,7 @@ from shoal.launch.placement import Placement, Seating
 
 HERE = Path(__file__).parent
 RENDEZVOUS_PORT, LIGHTHOUSE_PORT, STORE_PORT = 29400, 29510, 29600
-START_S = 180.0
+START_S = 90.0
 LIGHTHOUSE = ("--min_replicas", "2", "--quorum_tick_ms", "100", "--join_timeout_ms", "10000")
 """As torchft's README starts it, with two replicas as Shoal's `min_nodes`."""
 
@@ -39,37 +39,43 @@ class Rival:
     """One way to train: what it needs beside the agents, and how an agent is started."""
 
     name: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any]
     lighthouse: Sequence[str] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_torchft(self) -> bool:
         """Else it is torchrun."""
         return bool(self.lighthouse)
 
-    def agent(self, seating: Seating, address: str, placement: Placement) -> list[str]:
+    def agent(self, seating: Seating, placement: Placement) -> list[str]:
         """The command of one node's agent, without the worker's settings."""
-        command = [*placement.prefix, sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=1"]
+        command = [*_on(placement), sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=1"]
         if self.is_torchft:
-            ports = [f"--master-addr={address}", f"--master-port={STORE_PORT}"]
+            ports = [f"--master-addr={placement.node}", f"--master-port={STORE_PORT}"]
             return [*command, "--nnodes=1", "--max-restarts=3", *ports, str(HERE / "torchft_worker.py")]
-        is_host = int(placement.rank == 0)  # all nodes of the lab have one host name, so it has to be said
-        rendezvous = [f"--rdzv-endpoint={seating.address}:{RENDEZVOUS_PORT}", f"--rdzv-conf=is_host={is_host}"]
-        rendezvous += ["--rdzv-backend=c10d", "--rdzv-id=benchmark", f"--local-addr={address}"]
+        first = seating.placements[0].node
+        rendezvous = [f"--rdzv-endpoint={first}:{RENDEZVOUS_PORT}", f"--rdzv-conf=is_host={int(placement.rank == 0)}"]
+        rendezvous += ["--rdzv-backend=c10d", "--rdzv-id=benchmark", f"--local-addr={placement.node}"]
         nnodes = [f"--nnodes={len(seating.placements)}", "--max-restarts=3"]
         return [*command, *nnodes, *rendezvous, str(HERE / "torchrun_worker.py")]
 
 
-def torchrun(every: int, *, workaround: bool) -> Rival:
-    """With snapshots every so many steps."""
-    name = "torchrun, own store prefix" if workaround else "torchrun"
-    return Rival(name, {"every": every, "workaround": workaround})
+def torchrun(every: int, *, own_store: bool = False) -> Rival:
+    """With snapshots every so many steps.
+
+    By default all attempts of a job share the rendezvous's store, and so the workers that are started again may find
+    the addresses of those before them. `own_store`: each rendezvous gets a store of its own instead.
+    """
+    variable = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+    env = {variable: "1"} if own_store else {}
+    return Rival("torchrun" + f" with {variable}" * own_store, {"every": every}, env=env)
 
 
-def torchft(*more: str) -> Rival:
-    """With options for its lighthouse."""
-    name = "torchft" + "".join(f" {word}" for word in more)
-    return Rival(name, {"min_replicas": 2, "size": NODES}, (*LIGHTHOUSE, *more))
+def torchft(*more: str, ddp: bool) -> Rival:
+    """With options for its lighthouse; with its DistributedDataParallel, or its manager's all-reduce."""
+    name = " ".join(["torchft", "DDP" if ddp else "Manager.allreduce", *more])
+    return Rival(name, {"min_replicas": 2, "size": NODES, "ddp": ddp}, (*LIGHTHOUSE, *more))
 
 
 def why_no_torchft() -> str | None:
@@ -102,8 +108,14 @@ def _killed(rival: Rival, task: Task, kill_at: int, struck: int, limit_s: float)
                 waited = f"no step within {time.time() - t:.0f} s"
                 return {"came_back": False, "error": f"{waited}: {_last_words(folder)}"}
             _follow(reader, events, limit_s, lambda now: returned_s(now, t, source) is not None or _all_ended(agents))
-            back_s = returned_s(read_events(folder / "events"), t, source)
-            return {"came_back": True, **plain(found), "struck_back_s": back_s}
+            events = read_events(folder / "events")
+            again = {e["source"] for e in events if e["kind"] == "run_started" and e["t"] > t} - {source}
+            return {
+                "came_back": True,
+                **plain(found),
+                "survivors_restarted": len(again),
+                "struck_back_s": returned_s(events, t, source),
+            }
 
 
 @contextlib.contextmanager
@@ -113,16 +125,15 @@ def _agents(rival: Rival, task: Task, lab: Lab, folder: Path) -> Iterator[list[s
     (folder / "events").mkdir()
     settings = {"job": task.job, "set": task.arguments, "batch": task.batch, "events": str(folder / "events")}
     settings |= {"snapshot": str(folder / "snapshot.pt"), **rival.settings}
-    env = {**os.environ, "TORCHFT_LIGHTHOUSE": f"http://{seating.coordinator_address}:{LIGHTHOUSE_PORT}"}
+    env = {**os.environ, **rival.env, "TORCHFT_LIGHTHOUSE": f"http://{seating.coordinator_address}:{LIGHTHOUSE_PORT}"}
     commands = []
     if rival.is_torchft:
         program = str(Path(sys.executable).with_name("torchft_lighthouse"))
         bind = ["--bind", f"0.0.0.0:{LIGHTHOUSE_PORT}"]
         commands.append(([*seating.coordinator_prefix, program, *bind, *rival.lighthouse], env, "lighthouse"))
     for placement in seating.placements:
-        address = _address(placement)
-        here = {**env, **placement.env, "BENCHMARK_SEAT": str(placement.rank), "BENCHMARK_ADDRESS": address}
-        commands.append(([*rival.agent(seating, address, placement), json.dumps(settings)], here, placement.node))
+        here = {**env, **placement.env, "BENCHMARK_SEAT": str(placement.rank)}
+        commands.append(([*rival.agent(seating, placement), json.dumps(settings)], here, placement.node))
     agents = []
     try:
         for command, environment, name in commands:
@@ -136,13 +147,10 @@ def _agents(rival: Rival, task: Task, lab: Lab, folder: Path) -> Iterator[list[s
             agent.wait()  # the workers end with the lab
 
 
-def _address(placement: Placement) -> str:
-    """A node's own address."""
-    show = ["ip", "-4", "-o", "addr", "show", "dev", placement.env["GLOO_SOCKET_IFNAME"]]
-    told = subprocess.run([*placement.prefix, *show], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"inet ([0-9.]+)/", told)
-    assert found is not None, told
-    return found[1]
+def _on(placement: Placement) -> list[str]:
+    """What goes before a command on a node, whose host name is then the node's: rivals tell others where they are."""
+    named = 'hostname "$0" && exec "$@"'
+    return [*placement.prefix, "unshare", "--uts", "sh", "-c", named, placement.node]
 
 
 def _follow(reader: EventReader, events: list[Event], limit_s: float, is_over: Any) -> list[Event]:

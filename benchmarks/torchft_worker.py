@@ -1,6 +1,6 @@
-"""One replica of torchft's fault-tolerant DistributedDataParallel, after its own example `train_ddp.py`.
+"""One replica of a fault-tolerant training by torchft, after its own example `train_ddp.py`.
 
-It writes the events that Shoal's ranks write; a quorum of torchft's is a view.
+Gradients are averaged by torchft's DistributedDataParallel, or by calls of its manager's all-reduce. It writes the events that Shoal's ranks write; a quorum of torchft's is a view.
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ def train(settings: dict[str, Any], log: EventLog) -> None:
         state_dict=training.state,
         replica_id=f"benchmark_{seat()}",
         timeout=timedelta(seconds=30),
-        hostname=os.environ["BENCHMARK_ADDRESS"],
     )
-    model: Any = DistributedDataParallel(manager, training.model)
+    model: Any = DistributedDataParallel(manager, training.model) if settings["ddp"] else training.model
     quorum, watch = None, Stopwatch()
     for batch in training.batches(0):
         # What torchft's Optimizer does in zero_grad and step, so that it can be seen whether a step was committed.
@@ -40,6 +39,8 @@ def train(settings: dict[str, Any], log: EventLog) -> None:
         training.optimizer.zero_grad()
         loss = training.loss(model, batch)
         loss.backward()
+        if not settings["ddp"]:
+            average(training, manager)
         if not manager.should_commit():
             log.write("view_lost", epoch=quorum, message=str(manager.errored() or "not committed")[:400])
             continue
@@ -51,6 +52,13 @@ def train(settings: dict[str, Any], log: EventLog) -> None:
             quorum, seats = manager._quorum_id, list(range(manager.num_participants()))
             log.write("view", epoch=quorum, seats=seats, cause="quorum", planned=False, step=step - 1)
         log.write("step", step=step, loss=loss.item(), step_s=watch.lap())
+
+
+def average(training: PlainTraining, manager: Manager) -> None:
+    """All-reduce every gradient; the manager takes note of what fails."""
+    works = [manager.allreduce(p.grad) for p in training.model.parameters() if p.grad is not None]
+    for work in works:
+        work.wait()
 
 
 def main() -> None:

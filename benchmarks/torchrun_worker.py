@@ -1,7 +1,7 @@
 """One rank of DistributedDataParallel under torchrun, with snapshots, as PyTorch's tutorial on fault tolerance has it.
 
 Every `every` steps rank 0 writes a snapshot; whenever torchrun starts the workers again, all go on from the last one.
-It writes the events that Shoal's ranks write; an attempt of torchrun's is a view.
+Nothing in here is about failures: restarting is torchrun's. It writes the events that Shoal's ranks write; an attempt of torchrun's is a view.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +18,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from plain_training import PlainTraining, Stopwatch, seat
 from shoal.events import EventLog
-
-_PEERS_S = 60
-
-
-def start_group(workaround: bool) -> None:
-    """Start the default group: as the tutorial does, or in a store of this rendezvous's own.
-
-    torchrun numbers the attempts of each node for itself, and names the store's keys by that number. The workaround
-    takes a prefix that all workers of one rendezvous share instead: rank 0 draws it and tells the others under a key
-    that counts arrivals, `world_size` of them each time.
-    """
-    if not workaround:
-        dist.init_process_group("gloo")
-        return
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, size, False, timeout=timedelta(seconds=_PEERS_S))
-    own = dist.PrefixStore(f"benchmark/{os.environ['TORCHELASTIC_RUN_ID']}/{address}:{port}", store)
-    dist.init_process_group("gloo", store=own, rank=rank, world_size=size)
 
 
 def train(settings: dict[str, Any], log: EventLog, epoch: int) -> None:
@@ -72,7 +52,7 @@ def main() -> None:
     settings = json.loads(sys.argv[1])
     with EventLog(Path(settings["events"]) / f"rank-{seat()}.jsonl", f"rank-{seat()}") as log:
         log.write("run_started", pid=os.getpid(), attempt=os.environ["TORCHELASTIC_RESTART_COUNT"])
-        start_group(settings["workaround"])
+        dist.init_process_group("gloo")
         # Not torchrun's own count: nodes do not agree on it when some saw a worker fail and others a node come back.
         train(settings, log, log.path.read_text().count('"kind":"run_started"'))
 

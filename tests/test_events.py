@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
 
+from shoal.errors import MachineError
 from shoal.events import EventLog, EventReader, read_events
 
 
@@ -94,3 +96,25 @@ def test_a_reader_gives_each_event_once_and_waits_for_whole_lines(tmp_path: Path
 
 def test_a_folder_that_does_not_exist_holds_no_events(tmp_path: Path) -> None:
     assert read_events(tmp_path / "none") == []
+
+
+def test_what_the_disk_refuses_for_a_while_is_written_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, room = os.write, [10]
+
+    def write(descriptor: int, data: bytes) -> int:
+        if room[0] <= 0:
+            raise OSError(28, "No space left on device")
+        taken = data[: room[0]]
+        room[0] -= len(taken)
+        return real(descriptor, taken)
+
+    monkeypatch.setattr("shoal.events.os.write", write)
+    with EventLog(tmp_path / "patient.jsonl", "rank-0", patience_s=60.0) as log:
+        for number in range(3):
+            log.write("step", step=number)
+        room[0] = 1 << 20
+        log.write("step", step=3)
+    assert [event["step"] for event in read_events(tmp_path)] == [0, 1, 2, 3]
+    room[0] = 0
+    with EventLog(tmp_path / "impatient.jsonl", "rank-0") as log, pytest.raises(MachineError, match="No space left"):
+        log.write("step", step=0)

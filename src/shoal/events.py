@@ -13,6 +13,12 @@ needed and `kill -9` loses at most a line that was being written. Every event ha
 |  |  | samples (global), share (this rank's samples), step_s, |
 |  |  | data_s, compute_s (forward and backward), wait_s (for the exchange), optimizer_s, |
 |  |  | bytes_sent (by this rank in this step, on the wire) |
+| rebalanced | rank 0 | step (after which batches are divided so), shares (samples of a whole batch, by rank), |
+|  |  | seconds_per_sample (by rank, as measured; null: not yet known) |
+| out_of_memory | any rank | epoch, first, samples, message: it had to give a step up, and all with it |
+| slow | rank 0 | rank, node, cause (computing, data or link), factor (times a usual rank's), since_step, |
+|  |  | persistent (bool), until_step (null: it lasts) |
+| interval | rank 0 | steps (between checkpoints from now on), cost_s (of one), mtbf_s (between failures) |
 | rhythm | rank 0 | every, fragments, overlap: of local steps, in steps |
 | layout | rank 0 | sentences: where each axis came to lie, and what became of the model |
 | bubble | rank | measured, theoretical: the part of a pipeline's time in which the rank computed nothing, 0 to 1 |
@@ -24,6 +30,7 @@ needed and `kill -9` loses at most a line that was being written. Every event ha
 | view | every rank | epoch, rank, seats, nodes, cause, planned, step, took_state, givers (ranks that gave theirs), |
 |  |  | connect_s, state_s, build_s, lost_s (since a loss was noticed; null: none was) |
 | view_lost | any rank | epoch, message: how it showed here |
+| gradient_dropped | any rank | epoch, first, samples (of this rank): a step was taken without it, as the plan allows |
 | left | any rank | step |
 | caught_up | any rank | step, steps (taken at once), seconds: a newcomer holds what all hold |
 | server_started | every server | address, mode |
@@ -48,6 +55,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,40 +65,66 @@ from typing import Any, Self
 from shoal.errors import MachineError
 
 Event = dict[str, Any]
+_MOST_WAITING_BYTES = 16 << 20
 
 
 class EventLog:
-    """Appends events to one file. Each line reaches the operating system before `write` returns."""
+    """Appends events to one file. Each line reaches the operating system before `write` returns.
 
-    def __init__(self, path: Path, source: str) -> None:
+    May be written to by several threads.
+    """
+
+    def __init__(self, path: Path, source: str, *, patience_s: float = 0.0) -> None:
+        """`patience_s`: for how long events are kept, and written later, while the disk refuses them."""
         self.path = path
         self.source = source
+        self._patience_s = patience_s
+        self._refused_at: float | None = None
+        self._waiting = b""
+        self._lock = threading.Lock()
         _end_torn_line(path)
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._descriptor: int | None = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
 
     def write(self, kind: str, /, **fields: Any) -> None:
         """Append one event. Non-finite numbers are written as null, which JSON can carry.
 
         Raises:
-            MachineError: the disk refused.
+            MachineError: the disk refused, for longer than it is waited for.
         """
         event = {"t": round(time.time(), 6), "source": self.source, "kind": kind}
         event |= {name: _plain(value) for name, value in fields.items()}
-        try:
-            self._file.write(json.dumps(event, separators=(",", ":")) + "\n")
-        except OSError as error:
-            raise MachineError(f"cannot write the event log {self.path}: {error.strerror or error}") from None
+        with self._lock:
+            self._waiting += json.dumps(event, separators=(",", ":")).encode() + b"\n"
+            self._flush()
 
     def close(self) -> None:
         """Close the file; the log must not be written to afterwards."""
-        with contextlib.suppress(OSError):  # a full disk has been told when the event was written
-            self._file.close()
+        with self._lock:
+            if self._descriptor is None:
+                return
+            with contextlib.suppress(OSError, MachineError):  # a full disk has been told when the event was written
+                self._flush()
+            os.close(self._descriptor)
+            self._descriptor = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _flush(self) -> None:
+        assert self._descriptor is not None, "the log is closed"
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[os.write(self._descriptor, self._waiting) :]
+            self._refused_at = None
+        except OSError as error:
+            self._refused_at = self._refused_at or time.monotonic()
+            refused_s = time.monotonic() - self._refused_at
+            if refused_s >= self._patience_s or len(self._waiting) > _MOST_WAITING_BYTES:
+                reason = error.strerror or error
+                raise MachineError(f"cannot write the event log {self.path}: {reason}") from None
 
 
 class EventReader:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from replicas import plan_text
 
-from shoal.engine.pace import Leases
+from shoal.engine.own_pace import Leases
 from training_runs import events_of, final_state, train_on
 
 TARGET = str(Path(__file__).parents[1] / "jobs" / "own_pace.py") + ":job"

@@ -374,6 +374,7 @@ _HANDLERS: dict[str, Callable[[History, Event], None]] = {
     "error": _on_error,
     "run_finished": _on_run_finished,
     "view": _on_view,
+    "waiting": _on_warning,
     "worker_exited": _on_worker_exited,
 }
 

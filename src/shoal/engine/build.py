@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset
 
+from shoal.cluster.cores import cores, threads
 from shoal.data.loader import Cursor, Loader, LoaderConfig, num_samples
 from shoal.engine import random_state
 from shoal.engine.exchange import EXCHANGES, ReplicaExchange
@@ -103,12 +104,14 @@ def choose_device(config: ComputeConfig, topology: Topology) -> torch.device:
 
 
 def set_threads(config: ComputeConfig, topology: Topology) -> None:
-    """Give each rank of a node its part of the cores, unless the plan or OMP_NUM_THREADS says otherwise."""
+    """Give each rank of a node its part of the cores, unless the plan or OMP_NUM_THREADS says otherwise.
+
+    A container's quota counts, and not what the machine has.
+    """
     if config.threads:
         torch.set_num_threads(config.threads)
     elif "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // len(topology.local_ranks)))
+        torch.set_num_threads(threads(cores(), len(topology.local_ranks)))
 
 
 def build_parts(
@@ -170,8 +173,8 @@ def connect_lanes(plan: Plan, topology: Topology, world: World, device: torch.de
     return Connected(plan=plan, topology=topology, grid=grid, world=world, lanes=lanes, device=device)
 
 
-def build_exchange(parts: Parts, connected: Connected, log: EventLog) -> ReplicaExchange:
-    """Let this rank take part in the plan's sync. Collective."""
+def build_exchange(parts: Parts, connected: Connected, log: EventLog, first_step: int = 0) -> ReplicaExchange:
+    """Let this rank take part in the plan's sync, after `first_step` committed steps. Collective."""
     plan = connected.plan
     topology = replicas(connected.grid, connected.topology)
     coder = build_coder(plan, topology)
@@ -185,6 +188,7 @@ def build_exchange(parts: Parts, connected: Connected, log: EventLog) -> Replica
         world=connected.world,
         device=connected.device,
         log=log,
+        first_step=first_step,
     )
     return EXCHANGES[plan.sync.kind](wiring, sync, coder)
 
@@ -202,6 +206,8 @@ def no_effect(connected: Connected, parts: Parts, job: Job) -> list[str]:
         idle.append("sync.form = hierarchical has no effect: every node has one rank")
     if job.sample is not None and not parts.replica.is_whole:
         idle.append("the job's sample has no effect: no rank holds the whole model")
+    if plan.elastic.leave_out_slower_than and not plan.elastic.min_nodes:
+        idle.append("elastic.leave_out_slower_than has no effect: under elastic.min_nodes = 0 no worker may leave")
     if job.metrics and parts.validation is None:
         idle.append("the job's metrics have no effect: its data has no validation part")
     return idle

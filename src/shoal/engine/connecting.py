@@ -41,6 +41,7 @@ class Connecting:
         self._exempt = [exempt_port, *(_port_of(member.store) for member in view.members)]
         self._world: World | None = None
         self._is_cut = False
+        self._is_closed = False
         self._lock = threading.Lock()
         self.connected: Connected | None = None
         self.failed: BaseException | None = None
@@ -81,14 +82,21 @@ class Connecting:
     def close(self) -> None:
         """Cut, and give all connections and shared memory back. No exchange of this view runs any more."""
         self.cut()
-        if self._world is not None and self.is_done:
-            self._world.close()
+        with self._lock:
+            self._is_closed = True
+            world = self._world if self.is_done else None  # else the thread does it
+        if world is not None:
+            world.close()
 
     def _connect(self) -> None:
         try:
             self.connected = self._connected()
         except BaseException as error:
             self.failed = error
+        with self._lock:
+            world = self._world if self._is_closed else None
+        if world is not None:
+            world.close()
         self._on_done()
 
     def _connected(self) -> Connected:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import secrets
 import signal
@@ -26,15 +27,20 @@ import torch.distributed as dist
 from shoal.cluster.attendance import Attendance, Hello
 from shoal.cluster.views import View
 from shoal.engine import build, random_state
-from shoal.engine.assemble import assemble
+from shoal.engine.assemble import assemble, divide_as_planned, keep_cadence
 from shoal.engine.build import Connected, Parts
 from shoal.engine.checkpoint.archive import Archive
 from shoal.engine.checkpoint.session import CheckpointSession
 from shoal.engine.connecting import Connecting
+from shoal.engine.course import Course, agree_on_round, lost_samples, make_up
+from shoal.engine.division import Division
+from shoal.engine.exchange import UNEQUAL
 from shoal.engine.exchange.gradients import GradientExchange
-from shoal.engine.handover import Outcome, hand_over
+from shoal.engine.experience import Experience
+from shoal.engine.handover import Outcome, hand_over, tell
 from shoal.engine.loop import TURN, Loop
 from shoal.engine.newcomer import Newcomer
+from shoal.engine.own_pace import Round
 from shoal.engine.progress import Progress
 from shoal.engine.replicas import make_equal
 from shoal.engine.restoring import restore
@@ -47,10 +53,15 @@ from shoal.plan import Plan, for_ranks, load_plan
 from shoal.strategy.layout.grid import arrange
 from shoal.strategy.topology import Topology
 from shoal.wire.blocks import keep_large_blocks
+from shoal.wire.groups import failures_as_lost_peers
 from shoal.wire.rendezvous import own_address
 
 _COORDINATOR, _TOKEN, _SEAT, _NODE = "SHOAL_COORDINATOR", "SHOAL_TOKEN", "SHOAL_SEAT", "SHOAL_NODE"
 _WORD_S = 0.5  # how often a rank that waits looks whether there is something to tell
+
+
+DISK_PATIENCE_S = 60.0
+"""For how long the event log may be refused: a disk that is full for a while stops nobody."""
 
 
 def is_asked_for(env: Mapping[str, str]) -> bool:
@@ -110,7 +121,11 @@ class _ElasticRank:
         address = own_address(env)
         self._server = dist.TCPStore(address, 0, None, True, wait_for_workers=False)
         self._progress: Progress | None = None
+        self._course: Course | None = None
+        self._midway: Round | None = None
+        self._apart = self._plan.sync.kind in UNEQUAL
         self._checkpoints: CheckpointSession | None = None
+        self._experience = Experience()
         self._changed = threading.Condition()
         self._current: Connecting | None = None
         self._next: Connecting | None = None
@@ -165,15 +180,24 @@ class _ElasticRank:
         alone = self._current is None or len(self._current.view.members) == 1
         if alone:
             self._start.stop_request.set()
-        else:
-            self.attendance.leaving()
+            return
+        self.attendance.leaving()
+        timer = threading.Timer(self._plan.elastic.notice_s, self._leave_at_once)
+        timer.daemon = True
+        timer.start()
+
+    def _leave_at_once(self) -> None:
+        """The notice is over, and the others cannot do without this rank: they keep the state, and wait for more."""
+        self._log.write("left", step=self._progress.step if self._progress else 0)
+        self.attendance.close()
+        os._exit(0)
 
     def _on_view(self, view: View) -> None:
         """The coordinator decided who trains together. On its client's thread."""
         rank = view.rank_of(self._start.seat)
         with self._changed:
             if self._next is not None:
-                self._next.cut()
+                self._next.close()
                 self._next = None
             if not view.planned and self._current is not None:
                 self._lost_at = self._lost_at or time.perf_counter()
@@ -220,7 +244,9 @@ class _ElasticRank:
             self._changed.wait_for(lambda: connecting.is_done or self._next is not None)
         if not connecting.is_done:
             raise PeerLostError(f"view {connecting.view.epoch} was replaced before it was formed")
-        return connecting.result()
+        connected = connecting.result()
+        # Only the sums of all-reduce let a newcomer follow before it has the state.
+        return connected if connected.plan.sync.kind == "allreduce" else dataclasses.replace(connected, aside=None)
 
     def _train_in(self, connecting: Connecting) -> bool:
         """Train in one view; return whether training has ended, and not only this view.
@@ -233,21 +259,34 @@ class _ElasticRank:
         connected = self._connected(connecting)
         connected_at = time.perf_counter()
         checkpoints = self._checkpoints_in(connected)
+        turnover = Turnover(
+            self._start.stop_request, self._is_ready, lambda step: self._commit(view.epoch, step),
+            self.attendance.leaving,
+        )  # fmt: skip
         outcome = self._take_state(connected, checkpoints)
-        connected, parts = self._divided(connected, outcome)
+        assert outcome.progress is not None
+        if self._apart:
+            self._go_on_apart(view, connected, outcome, outcome.progress, checkpoints, turnover)
+        num_lost = self._share_experience(connected, outcome, before, view)
+        connected, division = self._divided(view, connected, outcome)
+        parts = self._parts
+        cadence = keep_cadence(connected, outcome.progress, self._log, self._experience)
+        if cadence is not None:
+            cadence.lost(num_lost)
+        self._course = Course(
+            epoch=view.epoch, seats=view.seats, connected=connected, loader=parts.loader, start=outcome.progress
+        )
         agreed_at = time.perf_counter()
         if before is not None:
             before.close()  # not earlier: nobody is there any more who waits for what this rank sent last
-        exchange = build.build_exchange(parts, connected, self._log)
-        assert outcome.progress is not None
+        exchange = build.build_exchange(parts, connected, self._log, outcome.progress.step)
         newcomer = None
         if outcome.taking is not None:
             assert isinstance(exchange, GradientExchange)
             newcomer = Newcomer(outcome.taking, parts, exchange)
-        turnover = Turnover(self._start.stop_request, self._is_ready, lambda step: self._commit(view.epoch, step))
         loop = assemble(
             self._job, parts, connected, exchange, checkpoints, outcome.progress, turnover, self._log,
-            newcomer=newcomer, giving=outcome.giving,
+            division=division, midway=self._midway, cadence=cadence, newcomer=newcomer, giving=outcome.giving,
         )  # fmt: skip
         self.attendance.entered(view.epoch)
         self._tell_of(view, connected, outcome, began, connected_at, agreed_at)
@@ -265,6 +304,8 @@ class _ElasticRank:
         try:
             reason = loop.run()
             if reason == TURN:
+                assert self._course is not None
+                self._course = dataclasses.replace(self._course, settled=True)
                 return False
             with contextlib.suppress(PeerLostError):  # all have what they need
                 context.world.sum([0.0])
@@ -272,10 +313,14 @@ class _ElasticRank:
             conclude(context, loop, self._job, reason, time.perf_counter() - self._started)
             return True
         except PeerLostError:
+            if self._before is not None:
+                self._before.cut()  # else a thread of ours may wait for somebody who waits for us
             loop.drop_step()
             raise
         finally:
             self._progress = loop.progress if loop.has_state else None
+            self._midway = loop.midway
+            self._experience = loop.experience
             loop.leave_view()
 
     def _commit(self, epoch: int, step: int) -> None:
@@ -291,27 +336,47 @@ class _ElasticRank:
             self._checkpoints.enter(connected.world)
         return self._checkpoints
 
-    def _divided(self, connected: Connected, outcome: Outcome) -> tuple[Connected, Parts]:
-        """Batches are divided evenly among those who have state."""
-        plan, takers = connected.plan, outcome.roles.takers if connected.aside is not None else []
-        shares = tuple(float(rank not in takers) for rank in range(connected.topology.world_size))
-        batch = dataclasses.replace(plan.batch, shares=shares)
+    def _share_experience(self, connected: Connected, outcome: Outcome, before: Connecting | None, view: View) -> int:
+        """All go on with what one of those has learned who were there; return how many members were lost."""
+        plan, world, teller = connected.plan, connected.world, outcome.roles.teller
+        if teller is None or not (plan.batch.balance or plan.checkpoint.every == "auto"):
+            return 0
+        text = None
+        if world.rank == teller:
+            lost = set(before.view.members) - set(view.members) if before is not None and not view.planned else set()
+            text = json.dumps({"experience": self._experience.to_plain(), "lost": len(lost)}).encode()
+        with failures_as_lost_peers("telling what was learned"):
+            told = json.loads(tell(world, text, teller))
+        self._experience = Experience(**told["experience"])
+        return int(told["lost"])
+
+    def _divided(self, view: View, connected: Connected, outcome: Outcome) -> tuple[Connected, Division]:
+        """Who has no state yet takes no samples; the others take as many as each other, or as they are known to do."""
+        plan, cold = connected.plan, outcome.roles.takers if connected.aside is not None else []
+        division = divide_as_planned(plan, cold=cold, seats=view.seats, known=self._experience.speeds)
+        batch = dataclasses.replace(plan.batch, shares=division.shares)
         connected = dataclasses.replace(connected, plan=dataclasses.replace(plan, batch=batch))
-        loader = self._parts.loader.divided(shares, connected.topology.rank)
+        loader = self._parts.loader.divided(division.shares, connected.topology.rank)
         self._parts = dataclasses.replace(self._parts, loader=loader)
-        return connected, self._parts
+        return connected, division
 
     def _take_state(self, connected: Connected, checkpoints: CheckpointSession) -> Outcome:
-        """Make all ranks of the view equal: by what some of them hold, by a checkpoint, or by one initial model."""
+        """Give all ranks of the view a state: what some of them hold, a checkpoint's, or one initial model."""
         world = connected.world
-        outcome = hand_over(world, self._parts, self._progress, connected.aside)
+        epoch = self._course.epoch if self._course else 0
+        outcome = hand_over(
+            world, self._parts, self._progress, connected.aside,
+            epoch=epoch, apart=self._apart, midway=self._midway is not None,
+        )  # fmt: skip
         reached, roles = outcome.progress, outcome.roles
         if reached is None:
             state = checkpoints.restore(connected.grid.by_axis) if self._start.resume else None
             make_equal(self._parts.model, world.everybody)
             reached = restore(self._parts, state) if state else Progress()
+            self._experience = Experience.from_state(state)
             outcome = dataclasses.replace(outcome, progress=reached)
-        self._progress = reached if outcome.taking is None else None
+        if not self._apart or world.rank in roles.takers or self._progress is None:
+            self._progress = reached if outcome.taking is None else None
         for rank in roles.differing:
             if world.rank == roles.teller:
                 self._log.write(
@@ -320,6 +385,36 @@ class _ElasticRank:
                     "was given theirs",
                 )
         return outcome
+
+    def _go_on_apart(
+        self,
+        view: View,
+        connected: Connected,
+        outcome: Outcome,
+        reached: Progress,
+        checkpoints: CheckpointSession,
+        turnover: Turnover,
+    ) -> None:
+        """Each with a replica of its own: take the steps that this one lacks, and tell what is lost."""
+        course, roles, rank = self._course, outcome.roles, connected.topology.rank
+        assert self._progress is not None
+        if getattr(connected.plan.sync, "mode", "") == "asynchronous":
+            self._midway = agree_on_round(connected.world, outcome, self._midway)
+            self._progress = reached
+            return
+        if course is not None and rank not in roles.takers and self._progress.step < reached.step:
+            make_up(
+                self._job, self._parts, course, connected.world, checkpoints, self._progress, turnover, self._log,
+                last=reached.step,
+            )  # fmt: skip
+        self._progress = reached
+        if course is None or rank != roles.teller:
+            return
+        keeping = {seat: outcome.standings[r].step for r, seat in enumerate(view.seats) if r not in roles.takers}
+        for lost in lost_samples(course, keeping, reached.step):
+            self._log.write("samples_lost", **dataclasses.asdict(lost))
+        if connected.plan.codec.kind != "none":
+            self._log.write("gossip_memory_reset", step=reached.step, epoch=view.epoch)
 
     def _tell_of(
         self, view: View, connected: Connected, outcome: Outcome, began: float, connected_at: float, agreed_at: float

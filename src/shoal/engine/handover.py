@@ -4,6 +4,9 @@ After a failure some ranks may have committed a step that others have not; a new
 parameters differ although they should not must hear of it. So all compare how far they are and what they hold. Who is
 behind takes everything from several peers at once, each of which sends another part. Each piece carries a checksum
 (CRC-32): what arrives damaged ends the view, and is asked for again in the next.
+
+Where every rank has a replica of its own (gossip), whoever trained in the newest view keeps it, and is not corrected;
+only those who come in take another's. What becomes of steps that a rank lacks is `course.py`'s.
 """
 
 from __future__ import annotations
@@ -36,11 +39,15 @@ _NOTHING = -1
 
 @dataclass(frozen=True)
 class Standing:
-    """How far a rank is: committed steps (-1: it has no state), the last step validated, what its parameters are."""
+    """How far a rank is: committed steps (-1: it has no state), the last step validated, what its parameters are, the
+    view that it trained in last, and whether it is in the middle of a round (1) that began at that step.
+    """
 
     step: int
     validated: int
     digest: int
+    epoch: int = 0
+    midway: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,20 @@ def roles(standings: Sequence[Standing]) -> Roles:
     return Roles(teller, givers, takers, [rank for rank in ahead if rank not in givers])
 
 
+def roles_apart(standings: Sequence[Standing]) -> Roles:
+    """The same for replicas that differ by design: one of those who have come furthest in the newest view gives."""
+    epochs = [standing.epoch for standing in standings if standing.step != _NOTHING]
+    if not epochs:
+        return Roles(None, [], [], [])
+    keeping = [
+        rank for rank, standing in enumerate(standings) if standing.step != _NOTHING and standing.epoch == max(epochs)
+    ]
+    teller = max(
+        keeping, key=lambda rank: (standings[rank].step, standings[rank].midway, standings[rank].validated, -rank)
+    )
+    return Roles(teller, [teller], [rank for rank in range(len(standings)) if rank not in keeping], [])
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What came of comparing.
@@ -78,33 +99,49 @@ class Outcome:
         progress: how far all are now; None: nobody has any state.
         giving: this rank's part of the state, on its way to others in the background.
         taking: what this rank is sent in the background; until it is there, the rank has no state of its own.
+        standings: of all ranks, before.
     """
 
     progress: Progress | None
     roles: Roles
+    standings: Sequence[Standing]
     giving: Giving | None = None
     taking: Taking | None = None
 
 
-def hand_over(world: World, parts: Parts, progress: Progress | None, aside: Group | None) -> Outcome:
-    """Make all ranks of a view equal. Collective.
+def hand_over(
+    world: World,
+    parts: Parts,
+    progress: Progress | None,
+    aside: Group | None,
+    *,
+    epoch: int = 0,
+    apart: bool = False,
+    midway: bool = False,
+) -> Outcome:
+    """Give all ranks of a view a state to go on from. Collective.
 
     Args:
         progress: how far this rank is; None if it has no state.
         aside: a group of all ranks that nobody else uses; over it the state travels in the background. None: all wait
             until it has arrived.
+        epoch: of the view that this rank trained in last.
+        apart: every rank has a replica of its own; otherwise all are to be equal.
+        midway: this rank is in the middle of a round.
 
     Raises:
         PeerLostError: a rank vanished meanwhile, or a piece arrived damaged.
     """
     own = Standing(_NOTHING, _NOTHING, 0)
     if progress is not None:
-        own = Standing(progress.step, progress.validated_step, digest_of(parts.model))
+        digest = 0 if apart else digest_of(parts.model)
+        own = Standing(progress.step, progress.validated_step, digest, epoch, int(midway))
     with failures_as_lost_peers("handing state over"):
-        part = roles(_compare(world, own))
+        standings = _compare(world, own)
+        part = (roles_apart if apart else roles)(standings)
         if part.teller is None:
-            return Outcome(None, part)
-        return _transfer(world, parts, progress, part, aside)
+            return Outcome(None, part, standings)
+        return dataclasses.replace(_transfer(world, parts, progress, part, aside), standings=standings)
 
 
 def digest_of(model: nn.Module) -> int:
@@ -138,7 +175,7 @@ def _transfer(world: World, parts: Parts, progress: Progress | None, part: Roles
         described = {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()}
         text = json.dumps({"progress": progress.to_plain(), "state": document, "tensors": described}).encode()
     assert part.teller is not None
-    message = json.loads(_tell(world, text, part.teller))
+    message = json.loads(tell(world, text, part.teller))
     reached = Progress.from_plain(message["progress"])
     if progress is not None:
         reached = dataclasses.replace(reached, seconds=max(reached.seconds, progress.seconds))
@@ -147,16 +184,16 @@ def _transfer(world: World, parts: Parts, progress: Progress | None, part: Roles
         taking = Taking(group, message, part)
         if aside is not None:
             taking.begin()
-            return Outcome(reached, part, taking=taking)
+            return Outcome(reached, part, (), taking=taking)
         taking.take()
         taking.install(parts)
-    elif part.takers:
+    elif part.takers and world.rank in part.givers:
         giving = Giving(group, [tensor.detach() for tensor in tensors.values()], part, world.rank)
         if aside is not None:
             giving.begin()
-            return Outcome(reached, part, giving=giving)
+            return Outcome(reached, part, (), giving=giving)
         giving.give()
-    return Outcome(reached, part)
+    return Outcome(reached, part, ())
 
 
 def _state(parts: Parts) -> dict[str, Any]:
@@ -167,7 +204,8 @@ def _state(parts: Parts) -> dict[str, Any]:
     }
 
 
-def _tell(world: World, text: bytes | None, teller: int) -> bytes:
+def tell(world: World, text: bytes | None, teller: int) -> bytes:
+    """Give all ranks the text of rank `teller`; None on the others. Collective."""
     size = torch.tensor([len(text) if text is not None else 0])
     world.everybody.broadcast(size, teller)
     content = torch.empty(int(size), dtype=torch.uint8)

@@ -7,78 +7,25 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
 from shoal.data.loader import Batch
 from shoal.engine.build import Parts
-from shoal.engine.checkpoint.pieces import KEY, fits_twice, pieces_of
-from shoal.engine.checkpoint.session import CheckpointSession
-from shoal.engine.computation import Computation
-from shoal.engine.exchange import ReplicaExchange
+from shoal.engine.crew import Crew, LoopConfig
 from shoal.engine.exchange.agreement import Ballot, Verdict
-from shoal.engine.exchange.base import copied
-from shoal.engine.handover import Giving
-from shoal.engine.layout.optimizer_state import named_state
-from shoal.engine.newcomer import Newcomer
-from shoal.engine.pace import InStep, OwnPace
+from shoal.engine.experience import KEY, Experience
+from shoal.engine.own_pace import Round
+from shoal.engine.pace import InStep
 from shoal.engine.progress import Progress
 from shoal.engine.replicas import BufferAverage, UndoneBuffers
-from shoal.engine.stopping import StopRule
-from shoal.engine.turnover import Turnover
-from shoal.engine.validation import Validator
+from shoal.engine.snapshot import snapshot
 from shoal.errors import NonFiniteLossError
-from shoal.events import EventLog
-from shoal.wire.groups import World
 from shoal.wire.traffic import Traffic
 
 TURN = "turn"
 """The reason to leave the loop for the next view."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoopConfig:
-    """What the loop needs of the plan.
-
-    Attributes:
-        weight: this rank's part of every batch; all ranks' sum to 1.
-        validate_every, checkpoint_every: periods in steps; 0: never.
-        layout: the sizes of the axes.
-        survives: a step may fail and be taken again.
-        writes_pieces: of the ranks that hold the same values, this one writes them into checkpoints.
-    """
-
-    rank: int
-    weight: float
-    clip_norm: float | None
-    validate_every: int
-    checkpoint_every: int
-    keep_best: bool
-    writes_pieces: bool
-    layout: Mapping[str, int]
-    survives: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Crew:
-    """The parts that the loop calls upon."""
-
-    parts: Parts
-    computation: Computation
-    exchange: ReplicaExchange
-    checkpoints: CheckpointSession
-    validator: Validator | None
-    pace: InStep | OwnPace
-    stop_rule: StopRule
-    turnover: Turnover
-    world: World
-    log: EventLog
-    newcomer: Newcomer | None = None
-    giving: Giving | None = None
 
 
 class Loop:
@@ -89,11 +36,10 @@ class Loop:
         self._crew = crew
         self._average_buffers = BufferAverage(crew.parts.model, config.weight, self._sum_buffer)
         self._buffers = UndoneBuffers(crew.parts.model) if config.survives else None
-        self._busy_s = 0.0
+        self._data_s = self._compute_s = 0.0  # of the last step that counts
         self._clock = _Clock(progress.seconds)
         self._free_at = time.perf_counter()
         self._newcomer = crew.newcomer
-        self._with_newcomers = False
         self.progress = progress
 
     def run(self) -> str:
@@ -109,19 +55,31 @@ class Loop:
         self._free_at = time.perf_counter()
         while reason is None:
             verdict = self._crew.pace.round(self)
-            self._welcome(verdict)
-            reason = self._after_step(verdict) or self._crew.stop_rule.before_step(self.progress)
-            reason = reason or (TURN if verdict.turn else None)
+            if not verdict.short_ranks:
+                reason = self._after_step(verdict) or self._crew.stop_rule.before_step(self.progress)
+                reason = reason or (TURN if verdict.turn else None)
             self._free_at = time.perf_counter()
-        if reason != TURN:
+        if reason == TURN:
+            self._crew.exchange.turn()
+        else:
             self._catch_up()
             self._finish()
         return reason
+
+    def take_steps(self, last: int) -> None:
+        """Take steps up to `last`, and nothing that is due after them."""
+        while self.progress.step < last:
+            self._crew.pace.round(self)
 
     @property
     def parts(self) -> Parts:
         """What this rank trains with."""
         return self._crew.parts
+
+    @property
+    def experience(self) -> Experience:
+        """What was learned of the machines so far, the same on every rank but for what checkpoints cost."""
+        return Experience.of(self._crew.division, self._crew.cadence)
 
     @property
     def traffic(self) -> Traffic:
@@ -157,15 +115,20 @@ class Loop:
     def take(self, batch: Batch, reached: Progress, clock: int) -> Verdict:
         """One step: train on `batch`, which leads to `reached`; return what the ranks agreed on.
 
-        `clock` is the number of the global batch that this is a part of.
+        `clock` is the number of the global batch that this is a part of. If the verdict names ranks that ran out of
+        memory, there was no step, and the same global batch is to be taken again.
         """
         crew, started, loaded = self._crew, self._free_at, time.perf_counter()
         if self._buffers is not None:
             self._buffers.begin()
         crew.exchange.begin(batch, clock)
+        crew.stopwatch.start()
         crew.computation.backward(batch, crew.exchange, self._ballot)
-        computed = time.perf_counter()
+        crew.stopwatch.stop()
         verdict = crew.exchange.finish()
+        if verdict.short_ranks:
+            self._give_up(batch, verdict)
+            return verdict
         self._check_finite(verdict)
         if self._config.clip_norm is not None:
             crew.exchange.clip(self._config.clip_norm)
@@ -181,7 +144,8 @@ class Loop:
         self.progress = dataclasses.replace(reached, seconds=self._clock.seconds(), loss=verdict.loss)
         if self._buffers is not None:
             self._buffers.commit()
-        self._busy_s = computed - started
+        self._data_s = loaded - started
+        self._compute_s = max(0.0, crew.stopwatch.seconds() - crew.exchange.stalled_s)
         crew.turnover.committed(self.progress.step)
         crew.log.write(
             "step",
@@ -193,14 +157,39 @@ class Loop:
             samples=samples,
             share=batch.share,
             step_s=ended - started,
-            data_s=loaded - started,
-            compute_s=computed - loaded,
-            wait_s=waited - computed,
+            data_s=self._data_s,
+            compute_s=self._compute_s,
+            wait_s=max(0.0, waited - loaded - self._compute_s),
             optimizer_s=ended - waited,
             bytes_sent=self._clock.lap_bytes(crew.exchange.bytes_sent),
         )
+        self._learn(verdict, batch.size, ended - started)
         self._free_at = time.perf_counter()
         return verdict
+
+    def _give_up(self, batch: Batch, verdict: Verdict) -> None:
+        """Some rank ran out of memory: nothing of this step stays, and it gets less from now on.
+
+        Raises:
+            PlanError: less would not help.
+        """
+        self.drop_step()
+        self._crew.exchange.release()
+        self._crew.division.dropped(batch.size, verdict.short_ranks)
+        self._divide()
+
+    def _learn(self, verdict: Verdict, batch_size: int, step_s: float) -> None:
+        """Draw from a step that counts what it says of the machines: every rank the same."""
+        crew = self._crew
+        measured = crew.division.committed(batch_size, verdict)
+        if measured is not None and crew.lookout is not None:
+            crew.lookout.look(self.progress.step - 1, measured)
+        if crew.cadence is not None:
+            crew.cadence.stepped(step_s, crew.checkpoints)
+        if crew.division.follow(measured, cold=verdict.cold):
+            self._divide()
+        if self._newcomer is not None and self._newcomer.can_catch_up:
+            self._catch_up()
 
     def _update(self) -> None:
         parts = self._crew.parts
@@ -231,22 +220,27 @@ class Loop:
         return timed_out or bool(self._crew.turnover.stop)
 
     def _ballot(self) -> Ballot:
-        cold = self._newcomer is not None
-        turn = self._crew.turnover.is_ready() and not cold
-        return Ballot(stop=self.wants_to_stop(), turn=turn, cold=cold, seconds=self._busy_s)
+        crew, cold = self._crew, self._newcomer is not None
+        due = crew.cadence is not None and crew.cadence.is_due(self.progress.step + 1)
+        return Ballot(
+            stop=self.wants_to_stop(),
+            turn=crew.turnover.is_ready() and not cold,
+            cold=cold,
+            save=due and self._config.rank == 0,
+            data_s=self._data_s,
+            compute_s=self._compute_s,
+        )
+
+    @property
+    def midway(self) -> Round | None:
+        """Of ranks at their own pace: the round that was broken off, which began at `progress`."""
+        pace = self._crew.pace
+        return None if isinstance(pace, InStep) else pace.midway
 
     @property
     def has_state(self) -> bool:
         """Whether this rank's parameters are those of its progress."""
         return self._newcomer is None
-
-    def _welcome(self, verdict: Verdict) -> None:
-        """Give newcomers their share once all of them have the state: every rank after the same step."""
-        if self._with_newcomers and not verdict.cold:
-            self._divide((1.0,) * self._crew.world.size)
-        self._with_newcomers = verdict.cold
-        if self._newcomer is not None and self._newcomer.can_catch_up:
-            self._catch_up()
 
     def _catch_up(self) -> None:
         """Before anybody looks at this rank's parameters, they must be there."""
@@ -258,12 +252,17 @@ class Loop:
         took_s = time.perf_counter() - started
         self._crew.log.write("caught_up", step=self.progress.step, steps=steps, seconds=took_s)
 
-    def _divide(self, shares: tuple[float, ...]) -> None:
-        """From the next step on, divide batches by `shares`."""
-        self._average_buffers.weight = shares[self._config.rank] / sum(shares)
-        pace = self._crew.pace
+    def _divide(self) -> None:
+        """From the next step on, divide batches as it was decided."""
+        division, pace = self._crew.division, self._crew.pace
         assert isinstance(pace, InStep), "shares are for ranks that go in step"
-        pace.divide(shares, self.progress)
+        self._average_buffers.weight = division.shares[self._config.rank] / sum(division.shares)
+        pace.divide(division.shares, self.progress)
+        if self._config.rank == 0:
+            speeds = division.seconds_per_sample
+            self._crew.log.write(
+                "rebalanced", step=self.progress.step, shares=division.counts, seconds_per_sample=speeds
+            )
 
     def _sum_buffer(self, buffer: Tensor) -> None:
         peers = self._crew.parts.replica.peers
@@ -274,14 +273,17 @@ class Loop:
 
     def _overdue(self) -> str | None:
         """What was due after the last step of a view that ended before it was done."""
-        return self._after_step(Verdict(self.progress.loss, [], stop=False)) if self.progress.step else None
+        if not self.progress.step or self.midway is not None:
+            return None
+        return self._after_step(Verdict(self.progress.loss, [], stop=False))
 
     def _after_step(self, verdict: Verdict) -> str | None:
         """Validate and save if it is due."""
         step, reason, best = self.progress.step, None, False
         if _due(step, self._config.validate_every) and self.progress.validated_step != step:
             reason, best = self._validate()
-        if best or (_due(step, self._config.checkpoint_every) and self._crew.checkpoints.saved_step != step):
+        due = verdict.save or _due(step, self._config.checkpoint_every)
+        if best or (due and self._crew.checkpoints.saved_step != step):
             self._save(best=best)
         if verdict.stop and reason is None:
             reason = "seconds" if self._crew.stop_rule.out_of_time(self.progress.seconds) else "interrupted"
@@ -317,29 +319,22 @@ class Loop:
         return self._crew.stop_rule.after_validation(values, self.progress), best and self._config.keep_best
 
     def _save(self, *, best: bool, final: bool = False) -> None:
-        parts = self._crew.parts
+        crew = self._crew
         self._catch_up()
         self._average_buffers()
-        private = self._crew.exchange.state_dict()
-        if not self._crew.exchange.replicas_equal:
-            schedule = parts.schedule.state_dict() if parts.schedule else None
-            private |= copied({"optimizer": parts.optimizer.state_dict(), "schedule": schedule})
-        model, optimizer = self._crew.exchange.model_state(), named_state(parts.optimizer, parts.replica)
-        if not parts.replica.is_whole:
-            pieces = pieces_of(parts.replica, model, optimizer) if self._config.writes_pieces else {}
-            final = final or not fits_twice(pieces)
-            private[KEY] = pieces if final else copied(pieces)
-            model, optimizer = {}, {}
-        state: dict[str, Any] = {
-            "model": model,
-            "optimizer": optimizer,
-            "schedule": parts.schedule.state_dict() if parts.schedule else None,
+        told = {
             "progress": self.progress.to_plain(),
             "layout": dict(self._config.layout),
+            KEY: self.experience.to_plain(),
         }
-        self._crew.checkpoints.save(self.progress.step, state, private, parts.model.buffers(), best=best)
-        if final:
-            self._crew.checkpoints.wait()
+        taken = snapshot(
+            crew.parts, crew.exchange, told, writes_pieces=self._config.writes_pieces, may_change=not final
+        )
+        crew.checkpoints.save(self.progress.step, taken.state, taken.private, crew.parts.model.buffers(), best=best)
+        if crew.cadence is not None:
+            crew.cadence.begun(self.progress.step)
+        if taken.must_wait:
+            crew.checkpoints.wait()
 
     def _finish(self) -> None:
         best, changed = False, self._crew.exchange.conclude()

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 import psutil
 
 from shoal.engine import build
-from shoal.engine.assemble import assemble
+from shoal.engine.assemble import assemble, divide_as_planned, keep_cadence
 from shoal.engine.checkpoint.archive import Archive
 from shoal.engine.checkpoint.session import CheckpointSession
+from shoal.engine.experience import Experience
 from shoal.engine.layout.replica import Replica
 from shoal.engine.loop import Loop
 from shoal.engine.progress import Progress
@@ -25,6 +26,9 @@ from shoal.strategy.layout.grid import arrange
 from shoal.strategy.topology import Topology
 from shoal.wire.blocks import keep_large_blocks, return_large_blocks
 from shoal.wire.rendezvous import connect, identity_from, join, leave, start_default_group
+
+DISK_PATIENCE_S = 0.0
+"""For how long the event log may be refused: whatever fails ends the run."""
 
 
 def seat_from(env: Mapping[str, str]) -> int:
@@ -88,4 +92,9 @@ def _assemble(context: Context, job: Job, start: Start) -> Loop:
     if topology.rank == 0:
         for message in build.no_effect(connected, parts, job):
             log.write("warning", message=message)
-    return assemble(job, parts, connected, exchange, checkpoints, progress, Turnover(start.stop_request), log)
+    known = Experience.from_state(state)
+    return assemble(
+        job, parts, connected, exchange, checkpoints, progress, Turnover(start.stop_request), log,
+        division=divide_as_planned(plan, known=known.speeds_of(topology.world_size)),
+        cadence=keep_cadence(connected, progress, log, known),
+    )  # fmt: skip

@@ -14,6 +14,7 @@ import torch
 from shoal._version import __version__
 from shoal.engine import build
 from shoal.engine.loop import Loop
+from shoal.engine.memory import is_out_of_memory
 from shoal.errors import CheckpointError, MachineError, PeerLostError, RunEnded, ShoalError, user_traceback
 from shoal.events import EventLog
 from shoal.job.job import Job
@@ -136,7 +137,7 @@ def _peak_memory_bytes() -> int:
 def named(error: BaseException, run: Run, node: str) -> BaseException:
     """Out of memory in the words of this machine and plan; any other error as it is."""
     words = str(error)
-    if not (isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in words):
+    if not is_out_of_memory(error):
         return error
     layout, here = load_plan(run.plan).layout, psutil.virtual_memory()
     hints = ["a smaller batch.size, or more batch.accumulate"]

@@ -26,7 +26,7 @@ def main() -> None:
     run, resume = Run(Path(sys.argv[1])), "--resume" in sys.argv[2:]
     way: Any = elastic if elastic.is_asked_for(os.environ) else static
     seat = way.seat_from(os.environ)
-    with EventLog(run.events / f"rank-{seat}.jsonl", f"rank-{seat}") as log:
+    with EventLog(run.events / f"rank-{seat}.jsonl", f"rank-{seat}", patience_s=way.DISK_PATIENCE_S) as log:
         try:
             logging.captureWarnings(True)
             way.work(Start(run, seat, log, control.listen(os.environ), resume))

@@ -29,6 +29,7 @@ from shoal.run import Run, write_atomic
 _POLL_S = 0.02
 _WATCH_S = 0.1
 _READY_S = 30.0
+_DISK_PATIENCE_S = 60.0
 _GRACE_S = 5.0  # beyond the lease: for workers that do not end although the run has
 
 
@@ -117,7 +118,10 @@ class ElasticSupervisor:
         self._since = time.time()
         reader = EventReader(self.run.events)
         reader.poll()  # a resumed run's past
-        with signals(self._on_signal), EventLog(self.run.events / "launcher.jsonl", "launcher") as log:
+        with (
+            signals(self._on_signal),
+            EventLog(self.run.events / "launcher.jsonl", "launcher", patience_s=_DISK_PATIENCE_S) as log,
+        ):
             injector = Injector(self._faults, self, log) if self._faults else None
             try:
                 self._start_coordinator(log)
@@ -287,7 +291,7 @@ class ElasticSupervisor:
     def _has_finished(self, worker: _Worker) -> bool:
         """Whether a worker that ended well came to the end of training, and did not only leave."""
         path = self.run.events / f"rank-{worker.seat}.jsonl"
-        lines = path.read_bytes().splitlines()[-1:] if path.exists() else []
+        lines = path.read_bytes().splitlines()[-5:] if path.exists() else []
         return any(b'"kind":"run_finished"' in line for line in lines)
 
     def _latest(self) -> dict[int, _Worker]:

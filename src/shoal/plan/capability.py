@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from shoal.data.slowness import WatchConfig
 from shoal.errors import PlanError
 from shoal.plan.schema import Plan
 from shoal.strategy.sync.gossip import GossipConfig, graph_of
@@ -39,6 +40,9 @@ def check(plan: Plan, world_size: int) -> None:
         )
     _check_layout(plan)
     _check_elastic(plan, world_size)
+    _check_backup(plan)
+    _check_balance(plan)
+    _check_cadence(plan)
     for kind, verify in _CHECKS.items():
         if plan.sync.kind == kind:
             verify(plan, world_size)
@@ -83,15 +87,44 @@ def _check_layout(plan: Plan) -> None:
         )
 
 
+def _check_backup(plan: Plan) -> None:
+    """Without the slowest ranks there is no knowing beforehand who takes part."""
+    if not getattr(plan.sync, "backup", 0):
+        return
+    reasons = {
+        "batch.balance": (plan.batch.balance, "it gives slow ranks less instead of dropping what they computed"),
+        "a codec": (plan.codec.kind != "none", "error feedback would remember gradients that were dropped"),
+        "a divided replica": (plan.layout.ranks_per_replica > 1, "its ranks compute one gradient together"),
+    }
+    for what, (given, reason) in reasons.items():
+        if given:
+            raise PlanError(f"sync.backup does not fit {what}: {reason}; leave one of the two out")
+
+
 def _check_elastic(plan: Plan, world_size: int) -> None:
     elastic = plan.elastic
+    if 0 < elastic.leave_out_slower_than <= WatchConfig().factor:
+        raise PlanError(
+            f"elastic.leave_out_slower_than is {elastic.leave_out_slower_than:g}, but below {WatchConfig().factor:g} "
+            "times the usual nobody counts as slow; set more, or 0 for never"
+        )
+    if elastic.leave_out_slower_than and plan.sync.kind != "allreduce":
+        raise PlanError(
+            f"elastic.leave_out_slower_than does not fit sync {plan.sync.kind}: its ranks do not tell each other in "
+            "every step how long they take; take sync allreduce, or leave it out"
+        )
     if not elastic.min_nodes:
         return
     most = world_size if elastic.max_nodes is None else elastic.max_nodes
-    if plan.sync.kind != "allreduce":
+    if plan.sync.kind not in ("allreduce", "gossip"):
         raise PlanError(
-            f"elastic.min_nodes does not fit sync {plan.sync.kind} yet: only all-reduce is known to go on from the "
-            "last step that all have committed; take sync allreduce, or leave min_nodes out"
+            f"elastic.min_nodes does not fit sync {plan.sync.kind} yet: what its ranks agreed on last is not known to "
+            "those who go on; take sync allreduce or gossip, or leave min_nodes out"
+        )
+    if isinstance(plan.sync, GossipConfig) and plan.sync.topology == "edges":
+        raise PlanError(
+            "elastic.min_nodes does not fit sync.topology edges, whose edges name ranks that may be gone; take a "
+            "topology that is made anew for those who are there: ring, torus, exponential or matching"
         )
     if plan.layout.ranks_per_replica > 1:
         raise PlanError(
@@ -107,6 +140,34 @@ def _check_elastic(plan: Plan, world_size: int) -> None:
         raise PlanError(
             f"batch.size is {plan.batch.size}, fewer than the {most} workers there may be (elastic.max_nodes); set at "
             f"least {most}"
+        )
+
+
+def _check_balance(plan: Plan) -> None:
+    if not plan.batch.balance:
+        return
+    if plan.sync.kind != "allreduce":
+        raise PlanError(
+            f"batch.balance does not fit sync {plan.sync.kind}: shares may change only where all ranks commit every "
+            "step together; take sync allreduce, or leave balance out"
+        )
+    if plan.layout.ranks_per_replica > 1:
+        raise PlanError(
+            "batch.balance does not fit a divided replica: its ranks wait for each other while they compute, so none "
+            "of them knows how fast it is; take layout.replicate alone, or leave balance out"
+        )
+    if plan.codec.variance_every:
+        raise PlanError(
+            "batch.balance does not fit codec.variance_every: a step that is dropped for lack of memory cannot be "
+            "taken out of the momentum again; leave one of the two out"
+        )
+
+
+def _check_cadence(plan: Plan) -> None:
+    if plan.checkpoint.every == "auto" and plan.sync.kind != "allreduce":
+        raise PlanError(
+            f"checkpoint.every = auto does not fit sync {plan.sync.kind}: only under all-reduce do the ranks agree in "
+            "every step on what follows it; give a number of steps"
         )
 
 

@@ -113,6 +113,7 @@ def _gossip(case: Case) -> Iterator[Occasion]:
             "sync.mode asynchronous has no price: pairs meet as they happen to be ready; take mode synchronous"
         )
     yield _exact(case, agreement_bucket(len(case.views), _on_meta), num_agreements(case.steps))
+    assert plan.checkpoint.every != "auto", "only all-reduce leaves that open"
     saved = _due(case.steps, plan.checkpoint.every) + 1
     validated = _due(case.steps, plan.validation.every) + 1 if case.validates and plan.validation.every else 0
     [sections] = flat.fragments(case.parameters, 1, bucket_bytes(config.bucket_mb))

@@ -31,12 +31,15 @@ class BatchConfig:
         accumulate: micro-batches into which each rank cuts its share; their gradients are summed.
         shares: a weight for each rank (under a layout: for each shard of each replica); default: equal. The gradient
             stays the exact mean over samples.
+        balance: let shares follow each rank's measured speed, and memory where a rank runs out of it; they begin with
+            `shares`.
     """
 
     __pydantic_config__: ClassVar = STRICT
     size: Positive = 64
     accumulate: Positive = 1
     shares: tuple[Annotated[float, Field(ge=0)], ...] | None = None
+    balance: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,13 +95,14 @@ class CheckpointConfig:
     """`[checkpoint]`: when state is saved.
 
     Attributes:
-        every: steps between checkpoints, and one at the end; 0 saves only at the end.
+        every: steps between checkpoints, and one at the end; 0 saves only at the end. "auto" follows what a checkpoint
+            costs and how often nodes fail.
         keep: how many of the latest stay.
         best: keep also the one with the lowest validation loss.
     """
 
     __pydantic_config__: ClassVar = STRICT
-    every: Count = 200
+    every: Count | Literal["auto"] = 200
     keep: Positive = 2
     best: bool = True
 
@@ -112,13 +116,17 @@ class ElasticConfig:
         max_nodes: more workers than this wait for a place; default: as many as come.
         lease_s: a worker silent for so long is lost. One that dies is noticed at once.
         restarts: how often the launcher starts a worker again in the place of one that died.
+        leave_out_slower_than: a worker that is lastingly slower than the usual one by this factor leaves; 0: none does.
+        notice_s: after SIGTERM a worker hands over and leaves, within so long in any case.
     """
 
     __pydantic_config__: ClassVar = STRICT
+    notice_s: Annotated[float, Field(gt=0, le=3600)] = 25.0
     min_nodes: Count = 0
     max_nodes: Positive | None = None
     lease_s: Annotated[float, Field(gt=0, le=3600)] = 3.0
     restarts: Count = 0
+    leave_out_slower_than: Annotated[float, Field(ge=0)] = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,7 @@ def agree(losses: list[float], stops: list[bool], dtype: torch.dtype = torch.flo
 
 def test_the_loss_is_the_sum_of_all_parts() -> None:
     for verdict in agree([0.125, 0.25, 0.0], [False] * 3):
-        assert verdict == Verdict(loss=0.375, non_finite_ranks=[], stop=False, seconds=[0.0] * 3)
+        assert verdict == Verdict(0.375, [], stop=False, data_s=[0.0] * 3, compute_s=[0.0] * 3)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

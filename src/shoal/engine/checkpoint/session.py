@@ -74,6 +74,18 @@ class CheckpointSession:
         """Why the last checkpoint could not be written; None if it could, and on other ranks."""
         return self._writer.failed if self._writer else None
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank is writing a checkpoint."""
+        return self._writer is not None and self._writer.is_writing
+
+    def take_cost(self) -> tuple[float, float] | None:
+        """(seconds that training stood still, seconds of writing) of a checkpoint written since the last call."""
+        if self._writer is None:
+            return None
+        cost, self._writer.cost = self._writer.cost, None
+        return cost
+
     def save(
         self,
         step: int,

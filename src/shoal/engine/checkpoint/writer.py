@@ -27,7 +27,12 @@ from shoal.events import EventLog
 
 
 class CheckpointWriter:
-    """Rank 0's writer. `failed` holds the last failure's message until a checkpoint succeeds."""
+    """Rank 0's writer.
+
+    Attributes:
+        failed: the last failure's message, until a checkpoint succeeds.
+        cost: of the last that succeeded: seconds that training stood still for it, and seconds of writing.
+    """
 
     def __init__(self, archive: Archive, log: EventLog) -> None:
         self._archive = archive
@@ -38,6 +43,12 @@ class CheckpointWriter:
         self._copied.set()
         self._stall_s = 0.0
         self.failed: str | None = None
+        self.cost: tuple[float, float] | None = None
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether a checkpoint is on its way to the disk."""
+        return self._pending is not None and not self._pending.done()
 
     def begin(
         self,
@@ -107,14 +118,15 @@ class CheckpointWriter:
             states, attachments = late()
             document = {"state": encoded, "late": states}
             path, size_bytes = self._archive.write(step, document, copies, best=best, attachments=attachments)
-            self.failed = None
+            write_s = time.perf_counter() - started
+            self.failed, self.cost = None, (self._stall_s, write_s)
             self._log.write(
                 "checkpoint_saved",
                 step=step,
                 path=f"{path.parent.name}/{path.name}",
                 size_bytes=size_bytes,
                 stall_s=self._stall_s,
-                write_s=time.perf_counter() - started,
+                write_s=write_s,
             )
         except (CheckpointError, RuntimeError, OSError) as error:
             self.failed = str(error)

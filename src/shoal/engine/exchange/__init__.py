@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from shoal.engine.exchange.backup import BackupExchange
 from shoal.engine.exchange.base import ReplicaExchange, Wiring
 from shoal.engine.exchange.gossip import GossipExchange
 from shoal.engine.exchange.gradients import GradientExchange
@@ -11,6 +12,7 @@ from shoal.engine.exchange.local import LocalExchange
 from shoal.engine.exchange.pairs import PairsExchange
 from shoal.engine.exchange.servers import ServersExchange
 from shoal.strategy.codec.feedback import Coder
+from shoal.strategy.sync.allreduce import AllReduceSync
 from shoal.strategy.sync.gossip import GossipSync
 
 
@@ -19,11 +21,19 @@ def _gossip(wiring: Wiring, sync: GossipSync, coder: Coder | None) -> ReplicaExc
     return kind(wiring, sync, coder)
 
 
+def _gradients(wiring: Wiring, sync: AllReduceSync, coder: Coder | None) -> ReplicaExchange:
+    kind = BackupExchange if sync.config.backup else GradientExchange
+    return kind(wiring, sync, coder)
+
+
 EXCHANGES: dict[str, Callable[..., ReplicaExchange]] = {
-    "allreduce": GradientExchange,
+    "allreduce": _gradients,
     "local": LocalExchange,
     "gossip": _gossip,
     "parameter_server": ServersExchange,
 }
 
-__all__ = ["EXCHANGES", "ReplicaExchange"]
+UNEQUAL = frozenset({"gossip", "local"})
+"""Kinds whose ranks hold different values between steps."""
+
+__all__ = ["EXCHANGES", "UNEQUAL", "ReplicaExchange"]

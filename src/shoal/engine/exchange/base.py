@@ -37,6 +37,7 @@ class Wiring:
         topology: the ranks that hold the same part of the other replicas, and this one.
         topology_of_all: all ranks.
         world: all ranks' connections and store.
+        first_step: steps that were committed before.
     """
 
     replica: Replica
@@ -47,6 +48,7 @@ class Wiring:
     world: World
     device: torch.device
     log: EventLog
+    first_step: int = 0
 
 
 class ReplicaExchange(Protocol):
@@ -109,6 +111,9 @@ class ReplicaExchange(Protocol):
     def settle(self) -> None:
         """Before a meeting: wait until everything that this rank has told others is known to them."""
 
+    def turn(self) -> None:
+        """All go to another view after this step: leave nothing that only one replica holds. Collective."""
+
     def conclude(self) -> bool:
         """Training ends: make all replicas equal; return whether that changed the model. Collective."""
 
@@ -123,6 +128,31 @@ class ReplicaExchange(Protocol):
 
     def close(self, *, wait: bool = False) -> None:
         """End threads and transports. `wait`: until the threads have ended; else a thread may wait for a lost peer."""
+
+
+class Keeper(Protocol):
+    """An exchange of ranks at their own pace that knows which parts of a round its values have learned from."""
+
+    def open_round(self, step: int, num_parts: int, used: frozenset[int]) -> frozenset[int]:
+        """A round begins, or goes on in another view. Collective.
+
+        Args:
+            step: committed when it began; names it.
+            used: the numbers that this rank's values have learned from already.
+
+        Returns:
+            The numbers that any rank's values, or the servers', have learned from.
+        """
+
+    def lease(self, number: int) -> None:
+        """The next step is on part `number`."""
+
+    @property
+    def used(self) -> frozenset[int]:
+        """The numbers of this round that live on with this rank."""
+
+    def meet(self) -> None:
+        """A round ends: from now on nothing of it is held by one rank alone. Collective."""
 
 
 class OnLanes:
@@ -145,6 +175,9 @@ class OnLanes:
 
     def settle(self) -> None:
         """Nothing is under way between meetings."""
+
+    def turn(self) -> None:
+        """All replicas are equal."""
 
     def close(self, *, wait: bool = False) -> None:
         """End the communication threads and their transports."""

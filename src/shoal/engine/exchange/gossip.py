@@ -1,4 +1,9 @@
-"""Gossip on one rank: parameters are mixed with the neighbours' while the gradient is computed from the old ones."""
+"""Gossip on one rank: parameters are mixed with the neighbours' while the gradient is computed from the old ones.
+
+Where ranks come and go (`engine/course.py`), each view has a graph of its own over those who live, and every survivor
+keeps its replica. In a planned change nothing is lost: all take the mean of all replicas first. Under a codec, what
+neighbours were told belongs to the old graph: all forget it together, and begin to tell each other anew.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +48,7 @@ class GossipExchange(OnLanes):
             memory = self._lanes[1].transports[WORLD].allocate(len(section.values), section.values.dtype)
             self._buckets.append(Bucket.over(section.name, memory, len(section.values), section.pieces))
         self._mixing: list[Future[Any]] = []
-        self._step = 0
+        self._step = wiring.first_step
         self._weight = 0.0
 
     def denominator(self, batch: Batch) -> float:
@@ -101,6 +106,10 @@ class GossipExchange(OnLanes):
             self._wiring.log.write("consensus", step=self._step, distance=distance)
         with parameters.holding(self._wiring.replica, self._sections, means):
             yield
+
+    def turn(self) -> None:
+        """Who goes leaves what it learned to all: every replica becomes the mean."""
+        self.conclude()
 
     def conclude(self) -> bool:
         """Every replica becomes the mean of all."""

@@ -141,6 +141,10 @@ class ServersExchange:
         for remote in self._remote.values():
             remote.wait()
 
+    def turn(self) -> None:
+        """The servers hold everything, as soon as it is acknowledged."""
+        self.settle()
+
     def conclude(self) -> bool:
         """Take the final values. Collective."""
         self._agreement.drain()

@@ -139,12 +139,12 @@ class Replica:
         total = self.sum(flags)
         return [total[self.order[held.name]] > 0 for held in self.held]
 
-    def agree(self, loss: Tensor, *, stop: bool) -> tuple[Tensor, bool]:
-        """This rank's part of the loss, and whether it asks to stop: summed over the replica. Collective."""
+    def agree(self, loss: Tensor, votes: Sequence[bool]) -> tuple[Tensor, list[bool]]:
+        """This rank's part of the loss, and what it asks for: summed over the replica. Collective."""
         if self.is_whole:
-            return loss, stop
-        total, votes = self.sum([float(loss) if self.speaks else 0.0, float(stop)])
-        return torch.tensor(total, dtype=torch.float64), votes > 0
+            return loss, list(votes)
+        total, *sums = self.sum([float(loss) if self.speaks else 0.0, *map(float, votes)])
+        return torch.tensor(total, dtype=torch.float64), [votes > 0 for votes in sums]
 
     def finish_backward(self) -> None:
         """All gradients of this rank are there: complete them, and hand them to the optimizer's parameters."""

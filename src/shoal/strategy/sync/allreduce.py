@@ -29,6 +29,8 @@ class AllReduceConfig:
         bucket_mb: the size, in MB of gradient, at which a bucket is closed and sent.
         verify: send a CRC-32 with every message, and use none that is damaged. The library's own sums cannot: algorithm
             "library" then means "ring".
+        backup: a step commits without the slowest so many ranks; 0 waits for all.
+        backup_grace: for how much longer it waits for them once the others are ready, as a part of a step's time.
         lanes: how many buckets are on the network at once, each over connections of its own; 0 decides by itself.
     """
 
@@ -38,6 +40,8 @@ class AllReduceConfig:
     algorithm: Algorithm = "library"
     bucket_mb: Annotated[float, pydantic.Field(gt=0, le=1024)] = 4.0
     verify: bool = False
+    backup: Annotated[int, pydantic.Field(ge=0)] = 0
+    backup_grace: Annotated[float, pydantic.Field(ge=0, le=10)] = 0.1
     lanes: Annotated[int, pydantic.Field(ge=0, le=16)] = 0
 
 
@@ -54,4 +58,6 @@ class AllReduceSync(Summation):
 
         In shared memory one keeps all cores busy; NCCL may deadlock when two communicators run at once.
         """
+        if self.config.backup:
+            return 1
         return self.config.lanes or (1 if device == "cuda" or not self.crosses_network else 2)

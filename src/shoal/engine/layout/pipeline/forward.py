@@ -74,6 +74,6 @@ class Pipelined:
             scores = self._line.run([self._forward.inputs(samples) for samples in moved], score, train=True)
             total += sum(float(value) for value in scores)
         own = ballot()
-        loss, stop = self._replica.agree(total, stop=own.stop)
+        loss, (stop, save) = self._replica.agree(total, [own.stop, own.save])
         self._replica.finish_backward()
-        exchange.before_last_backward(loss, dataclasses.replace(own, stop=stop))
+        exchange.before_last_backward(loss, dataclasses.replace(own, stop=stop, save=save))

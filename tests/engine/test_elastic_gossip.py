@@ -1,0 +1,120 @@
+"""Gossip through losses and arrivals, held against D-PSGD written out with the graph of each view."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from elastic_runs import Chapter, batches, chapters, events, faults, plan, positions_used
+from replicas import TARGET, Replica, samples_of
+from torch import Tensor
+
+from command_line import train
+from shoal.run import Run
+from shoal.strategy.sync.gossip import GossipConfig, graph_of
+from training_runs import final_state
+
+
+def step_alone(replica: Replica, rank: int, size: int, step: int) -> None:
+    """One local step on rank `rank`'s part of a batch."""
+    samples = samples_of(step, (1.0,) * size)
+    replica.gradient(samples[rank], len(samples[rank]) * size / sum(map(len, samples)))
+    replica.update()
+
+
+def step_together(replicas: dict[int, Replica], chapter: Chapter, topology: str, step: int) -> None:
+    """One step of D-PSGD, of those who have committed it."""
+    size = len(chapter.seats)
+    graph = graph_of(GossipConfig(topology=topology), size, step=step)
+    before = {seat: [p.detach().clone() for p in replicas[seat].parameters] for seat in chapter.seats}
+    for rank, seat in enumerate(chapter.seats):
+        if chapter.done[seat] <= step:
+            continue
+        samples, replica = samples_of(step, (1.0,) * size), replicas[seat]
+        replica.gradient(samples[rank], len(samples[rank]) * size / sum(map(len, samples)))
+        for index, p in enumerate(replica.parameters):
+            own = before[seat][index]
+            others = [(graph.weight(rank, peer), before[chapter.seats[peer]][index]) for peer in graph.neighbours(rank)]
+            p.data.copy_(own + sum((weight * (other - own) for weight, other in others), torch.zeros_like(own)))
+        replica.update()
+
+
+def mean(replicas: list[Replica]) -> list[Tensor]:
+    return [torch.stack([p.detach() for p in together]).mean(dim=0) for together in _together(replicas)]
+
+
+def _together(replicas: list[Replica]) -> list[tuple[Tensor, ...]]:
+    return list(zip(*(replica.parameters for replica in replicas), strict=True))
+
+
+def reference(run: Run, topology: str, steps: int) -> dict[str, Tensor]:
+    """The mean of all replicas at the end, given the steps that each seat had done when a view ended."""
+    told = chapters(run)
+    replicas = {seat: Replica(seat) for seat in told[0].seats}
+    for chapter, following in zip(told, [*told[1:], None], strict=True):
+        for step in range(chapter.start, max(chapter.done.values())):
+            step_together(replicas, chapter, topology, step)
+        if following is None:
+            break
+        if following.planned:
+            agreed = mean([replicas[seat] for seat in chapter.seats])
+            for replica in replicas.values():
+                for p, value in zip(replica.parameters, agreed, strict=True):
+                    p.data.copy_(value)
+        keeping = [seat for seat in following.seats if seat not in following.took]
+        for seat in keeping:
+            for step in range(chapter.done[seat], following.start):
+                step_alone(replicas[seat], chapter.seats.index(seat), len(chapter.seats), step)
+        teller = replicas[max(keeping, key=lambda seat: (chapter.done[seat], -seat))]
+        replicas = {seat: replicas[seat] if seat in keeping else copied(teller) for seat in following.seats}
+    last = list(replicas.values())
+    assert set(told[-1].done.values()) == {steps}
+    for p, value in zip(last[0].parameters, mean(last), strict=True):
+        p.data.copy_(value)
+    return last[0].model.state_dict()
+
+
+def copied(replica: Replica) -> Replica:
+    """Another replica of the same state."""
+    other = Replica(replica.rank)
+    other.model.load_state_dict(replica.model.state_dict())
+    other.optimizer.load_state_dict(copy.deepcopy(replica.optimizer.state_dict()))
+    other.schedule.load_state_dict(replica.schedule.state_dict())
+    return other
+
+
+def assert_every_sample_once_or_told_as_lost(run: Run, steps: int) -> None:
+    expected = Counter(
+        (epoch, first + place) for epoch, first, size in islice(batches(), steps) for place in range(size)
+    )
+    used, lost = positions_used(run), sum(event["samples"] for event in events(run, "samples_lost"))
+    assert max(used.values()) == 1
+    assert used.keys() <= expected.keys()
+    assert len(expected) - len(used) == lost
+
+
+@pytest.mark.parametrize("topology", ["ring", "matching"])
+def test_a_lost_neighbour_and_a_newcomer_leave_d_psgd_of_the_graphs_of_their_views(
+    topology: str, tmp_path: Path
+) -> None:
+    given = [
+        *plan(tmp_path, f'kind = "gossip"\ntopology = "{topology}"', more="[validation]\nevery = 0"),
+        *faults(tmp_path, 'kind = "kill"\nrank = 2\nstep = 30', 'kind = "join"\nstep = 40'),
+    ]
+    ended = train(TARGET, tmp_path / "run", *given, "--nodes", "4", "--steps", "300", "--set", "nap_s=0.03")
+    assert ended.code == 0, ended.stderr
+    run = Run(tmp_path / "run")
+    told = chapters(run)
+    assert [len(chapter.seats) for chapter in told] == [4, 3, 4]
+    trained = final_state(run)["model"]
+    for key, value in reference(run, topology, 300).items():
+        assert (trained[key] - value).norm() / value.norm() < 1e-9, key
+    assert_every_sample_once_or_told_as_lost(run, 300)
+    [lost] = events(run, "samples_lost")
+    assert lost["seat"] == 2
+    assert lost["last_step"] == told[1].start
+    assert lost["last_step"] - lost["first_step"] < 20, "neighbours knew of nearly all that it did"

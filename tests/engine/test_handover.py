@@ -1,0 +1,77 @@
+"""Who gives state to whom when a view begins, and in which pieces: nothing is left out, nothing goes twice."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from shoal.engine.handover import Standing, _copy, _pieces, digest_of, roles
+
+SOME = st.lists(
+    st.builds(Standing, step=st.integers(-1, 3), validated=st.integers(-1, 3), digest=st.integers(0, 2)),
+    min_size=1,
+    max_size=8,
+)
+
+
+@given(SOME)
+def test_everybody_gives_or_takes_unless_nobody_has_anything(standings: list[Standing]) -> None:
+    part = roles(standings)
+    furthest = max(standing.step for standing in standings)
+    if furthest == -1:
+        assert part.teller is None
+        assert part.givers == part.takers == []
+        return
+    assert sorted(part.givers + part.takers) == list(range(len(standings)))
+    assert {standings[rank].step for rank in part.givers} == {furthest}, "no committed step is lost"
+    assert len({standings[rank].digest for rank in part.givers}) == 1, "all givers hold the same"
+    assert part.teller in part.givers
+    told = standings[part.teller].validated if part.teller is not None else -1
+    assert told == max(standings[rank].validated for rank in part.givers)
+    assert {rank for rank in part.takers if standings[rank].step == furthest} == set(part.differing)
+
+
+def test_the_majority_is_right_and_the_rest_is_named() -> None:
+    standings = [Standing(7, -1, 1), Standing(7, -1, 2), Standing(7, -1, 2), Standing(6, -1, 3)]
+    part = roles(standings)
+    assert (part.givers, part.takers, part.differing) == ([1, 2], [0, 3], [0])
+
+
+@given(total=st.integers(0, 40 << 20), count=st.integers(1, 5))
+def test_the_givers_pieces_make_up_the_whole(total: int, count: int) -> None:
+    pieces = [piece for index in range(count) for piece in _pieces(total, index, count)]
+    place = 0
+    for piece in pieces:
+        assert piece.start == place
+        assert len(piece) > 0
+        place = piece.stop
+    assert place == total
+
+
+@given(sizes=st.lists(st.integers(0, 50), max_size=6), data=st.data())
+def test_any_range_of_bytes_comes_out_as_it_went_in(sizes: list[int], data: st.DataObject) -> None:
+    memories = [torch.randint(0, 256, (size,), dtype=torch.uint8) for size in sizes]
+    whole = torch.cat([*memories, torch.empty(0, dtype=torch.uint8)])
+    start = data.draw(st.integers(0, len(whole)))
+    stop = data.draw(st.integers(start, len(whole)))
+    message = torch.zeros(stop - start, dtype=torch.uint8)
+    _copy(memories, range(start, stop), message, into=False)
+    assert torch.equal(message, whole[start:stop])
+    empty = [torch.zeros_like(memory) for memory in memories]
+    _copy(empty, range(start, stop), message, into=True)
+    back = torch.cat([*empty, torch.empty(0, dtype=torch.uint8)])
+    assert torch.equal(back[start:stop], whole[start:stop])
+    assert not back[:start].any()
+    assert not back[stop:].any()
+
+
+def test_models_that_differ_in_one_bit_have_other_digests() -> None:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 1))
+    before = digest_of(model)
+    assert digest_of(model) == before >= 0
+    with torch.no_grad():
+        model[1].weight[0, 1] = torch.nextafter(model[1].weight[0, 1], torch.tensor(9.0))
+    assert digest_of(model) != before

@@ -1,0 +1,125 @@
+"""A view's groups: who waits in one is freed when it is cut, and the next one is made while this one works."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+WORLD_SIZE = 3
+WORKER = """
+import json, os, signal, sys, threading, time
+from datetime import timedelta
+import torch
+import torch.distributed as dist
+from shoal.errors import PeerLostError
+from shoal.wire.groups import World
+
+rank, port = int(sys.argv[1]), int(sys.argv[2])
+base = dist.TCPStore("127.0.0.1", port, None, rank == 0, wait_for_workers=False, timeout=timedelta(seconds=60))
+cpu = torch.device("cpu")
+
+def view(epoch, members):
+    world = World(dist.PrefixStore(f"view/{epoch}", base), members.index(rank), len(members), cpu, exempt_ports=[port])
+    world.connect()
+    return world
+
+def waited(action):
+    started = time.perf_counter()
+    try:
+        action()
+    except PeerLostError as error:
+        return [time.perf_counter() - started, str(error)]
+    return None
+
+first = view(1, [0, 1, 2])
+extra = first.group("extra", [0, 1, 2])
+told = {"sum": first.sum([rank + 1.0])}
+made = []
+beside = threading.Thread(target=lambda: made.append(view(2, [0, 1, 2])))
+beside.start()
+for _ in range(50):
+    first.sum([1.0])
+beside.join()
+told["next view, made beside"] = made[0].sum([2.0])
+base.set(f"ready/{rank}", "")
+base.wait([f"ready/{other}" for other in range(3)], timedelta(seconds=60))
+if rank == 2:
+    print(json.dumps(told), flush=True)
+    os.kill(os.getpid(), signal.SIGSTOP)  # silent, its sockets open: nothing would ever end what waits for it
+    os._exit(0)
+threading.Timer(0.5, first.cut).start()
+told["cut"] = waited(lambda: first.sum([1.0]))
+told["after the cut"] = waited(lambda: first.sum([1.0]))
+told["another group"] = waited(lambda: first.group("late", [0, 1]).barrier())
+base.set(f"cut/{rank}", "")  # the store's connection is nobody's of this view
+base.wait([f"cut/{other}" for other in range(2)], timedelta(seconds=60))
+before = len(os.listdir("/proc/self/fd"))
+first.close()
+told["descriptors"] = [before, len(os.listdir("/proc/self/fd"))]
+third = view(3, [0, 1])
+told["survivors"] = third.sum([5.0])
+print(json.dumps(told), flush=True)
+third.sum([0.0])
+os._exit(0)
+"""
+
+
+@pytest.fixture(scope="module")
+def told() -> list[dict[str, Any]]:
+    """What each rank saw."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", WORKER, str(rank), str(port)], env=env, stdout=subprocess.PIPE, text=True)
+        for rank in range(WORLD_SIZE)
+    ]
+    try:
+        lines = []
+        for process in processes:
+            assert process.stdout is not None
+            lines.append(process.stdout.readline())
+        return [json.loads(line) for line in lines]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+            assert process.stdout is not None
+            process.stdout.close()
+
+
+def test_all_ranks_sum_exactly(told: list[dict[str, Any]]) -> None:
+    assert [rank["sum"] for rank in told] == [[6.0]] * 3
+
+
+def test_the_next_view_is_connected_while_this_one_works(told: list[dict[str, Any]]) -> None:
+    assert [rank["next view, made beside"] for rank in told] == [[6.0]] * 3
+
+
+def test_a_cut_frees_who_waits_for_a_peer_that_is_silent(told: list[dict[str, Any]]) -> None:
+    for rank in told[:2]:
+        seconds, message = rank["cut"]
+        assert 0.3 < seconds < 3.0
+        assert "most likely because another rank ended" in message
+
+
+def test_after_a_cut_nothing_of_the_view_works_any_more(told: list[dict[str, Any]]) -> None:
+    for rank in told[:2]:
+        assert rank["after the cut"][0] < 1.0
+        assert "cut" in rank["another group"][1] or "ended" in rank["another group"][1]
+
+
+def test_a_closed_view_gives_its_sockets_back(told: list[dict[str, Any]]) -> None:
+    for rank in told[:2]:
+        before, after = rank["descriptors"]
+        assert after <= before - 4, "two groups, each with two peers"
+
+
+def test_survivors_form_another_view(told: list[dict[str, Any]]) -> None:
+    assert [rank["survivors"] for rank in told[:2]] == [[10.0]] * 2
