@@ -2,8 +2,8 @@
 
     python benchmarks/failures.py --part kill,freeze,join,coordinator,resume,torchrun,torchft,soak [--tries 10]
 
-Four nodes with links of 1 Gbit; each try is a run of its own. Parts: `kill` (-9 of one worker), `freeze` (SIGSTOP, and a
-link cut), `join` (a fifth node, 25 M parameters), `coordinator` (killed), `resume` (everything killed at once), the
+Four nodes with links of 1 Gbit; each try is a run of its own. Parts: `kill` (-9 of one worker), `freeze` (SIGSTOP, and
+a link cut), `join` (a fifth node, 25 M parameters), `coordinator` (killed), `resume` (everything killed at once), the
 rivals under `kill`, and `soak` (`--soak N` random faults in one run). Each part writes
 `benchmarks/results/failures_PART.json`. `--toy` trains a tiny model, to try the script itself.
 """
@@ -94,7 +94,10 @@ def torchft(options: argparse.Namespace) -> Figures:
 
 def soaked(options: argparse.Namespace) -> Figures:
     """Many random faults."""
-    return [soak(Soak(faults=options.soak or 50, seed=options.seed, lease_s=min(2.0, options.lease)))]
+    every = tuple(options.every_steps)
+    return [
+        soak(Soak(faults=options.soak or 50, seed=options.seed, every_steps=every, lease_s=min(2.0, options.lease)))
+    ]
 
 
 def _struck(options: argparse.Namespace, kind: str, rank: int, more: dict[str, Any]) -> dict[str, Any]:
@@ -150,8 +153,7 @@ def _column(figures: Figures, name: str) -> str:
 def summary(part: str, figures: Figures) -> str:
     """The part's table: a row for each system or kind, a column for each figure, median and range over tries."""
     rows = []
-    names = [name for name, value in figures[0].items() if isinstance(value, int | float | list)]
-    names = list(dict.fromkeys(name for figure in figures for name in figure if _is_figure(figure[name])))
+    names = list(dict.fromkeys(name for figure in figures for name in figure if _is_figure(name, figure[name])))
     for name in dict.fromkeys(_name(part, figure) for figure in figures):
         own = [figure for figure in figures if _name(part, figure) == name]
         back = [figure for figure in own if figure.get("came_back", True)]
@@ -164,7 +166,9 @@ def _name(part: str, figure: dict[str, Any]) -> str:
     return str(figure.get("system") or figure.get("kind") or part)
 
 
-def _is_figure(value: Any) -> bool:
+def _is_figure(name: str, value: Any) -> bool:
+    if name in ("rank", "seed"):
+        return False
     if isinstance(value, list):
         return bool(value) and all(isinstance(v, int | float) for v in value)
     return isinstance(value, int | float) and not isinstance(value, bool)
@@ -194,6 +198,9 @@ def main() -> None:
     parser.add_argument("--lease", type=float, default=3.0, help="seconds after which a silent worker is lost")
     parser.add_argument("--snapshot-every", type=int, default=20, help="steps between snapshots under torchrun")
     parser.add_argument("--limit", type=float, default=LIMIT_S, help="seconds that a rival may take to come back")
+    parser.add_argument(
+        "--every-steps", type=int, nargs=2, default=(20, 80), help="from one fault of the soak to the next"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the soak")
     options = parser.parse_args()
     chosen = options.part or ("soak" if options.soak else ",".join(parts))

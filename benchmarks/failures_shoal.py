@@ -99,14 +99,17 @@ def killed_and_resumed(task: Task, steps: int, kill_at: int) -> dict[str, Any]:
         began = time.monotonic()
         _finish(_shoal(task, killed, plan, "--resume"))
         events = read_events(killed / "events")
+        losses = _differing_losses(read_events(calm / "events"), events)
+        tensors = _differing_tensors(calm, killed, steps)
         return {
             "processes_killed": num_killed,
             "killed_after_step": reached,
             "resumed_at": next((e["step"] for e in events if e["kind"] == "resumed"), None),
             "seconds_of_second_run": time.monotonic() - began,
             "steps_compared": steps,
-            "losses_differ_at": _differing_losses(read_events(calm / "events"), events),
-            "tensors_differ": _differing_tensors(calm, killed, steps),
+            "losses_differing": len(losses),
+            "tensors_differing": len(tensors),
+            "differing": [*map(str, losses), *tensors][:20],
         }
 
 

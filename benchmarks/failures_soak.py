@@ -132,26 +132,41 @@ def _soak(wanted: Soak) -> dict[str, Any]:
         folder = Path(name)
         file = folder / "faults.toml"
         file.write_text(wanted.toml())
-        began = time.monotonic()
-        with Watch(folder / "soaked") as watch:
-            failure = _train(wanted, folder / "soaked", wanted.seed, file)
-            seconds = time.monotonic() - began
-            orphans = [p.pid for p in watch.processes()]
-        calm_failures = [_train(wanted, folder / f"calm-{seed}", seed, None) for seed in _seeds(wanted)]
-        events = read_events(folder / "soaked" / "events")
-        calm = [_losses(read_events(folder / f"calm-{seed}" / "events")) for seed in _seeds(wanted)]
+        soaked = _watched(wanted, folder / "soaked", wanted.seed, file)
+        calm = [_watched(wanted, folder / f"calm-{seed}", seed, None) for seed in _seeds(wanted)]
         return {
-            "wanted": wanted.faults,
+            "faults_wanted": wanted.faults,
             "epochs": wanted.epochs,
-            "seconds": seconds,
-            "failure": failure or next(filter(None, calm_failures), None),
-            **_told(events),
-            "losses": _losses(events),
-            "losses_without_faults": dict(zip(map(str, _seeds(wanted)), calm, strict=True)),
-            "orphans": orphans,
-            "trends": watch.trends(longer_than_s=min(60.0, seconds / 3)),
-            "workers_seen": len(watch.samples),
+            **soaked,
+            **_told(read_events(folder / "soaked" / "events")),
+            "val_loss_without_faults": [figures["val_loss"] for figures in calm],
+            "without_faults": calm,
         }
+
+
+def _watched(wanted: Soak, run: Path, seed: int, faults: Path | None) -> dict[str, Any]:
+    """Train; what went wrong, the end, and what was seen of the processes."""
+    began = time.monotonic()
+    with Watch(run) as watch:
+        failure = _train(wanted, run, seed, faults)
+        seconds = time.monotonic() - began
+        left = watch.processes()
+    trends = watch.trends(longer_than_s=min(60.0, seconds / 3))
+    last = _last_validation(read_events(run / "events"))
+    return {
+        "seed": seed,
+        "seconds": seconds,
+        "failure": failure,
+        "val_loss": last.get("loss"),
+        "metrics": last.get("metrics"),
+        "orphans": len(left),
+        "workers_seen": len(watch.samples),
+        **{
+            f"{name}_a_minute": [trend[f"{name}_a_minute"] for trend in trends]
+            for name in ("descriptors", "threads", "megabytes")
+        },
+        "trends": trends,
+    }
 
 
 def _seeds(wanted: Soak) -> range:
@@ -179,19 +194,18 @@ def _told(events: list[Event]) -> dict[str, Any]:
         "views": len({e["epoch"] for e in events if e["kind"] == "view"}),
         "steps": max((e["step"] for e in events if e["kind"] == "step"), default=0),
         "epochs_audited": found.epochs,
-        "missing": found.missing,
-        "twice": found.twice,
-        "disputed": found.disputed,
+        "spans_missing": sum(map(len, found.missing.values())),
+        "spans_twice": sum(map(len, found.twice.values())),
+        "steps_disputed": len(found.disputed),
+        "audit": {"missing": found.missing, "twice": found.twice, "disputed": found.disputed},
         "exits": dict(Counter(str(e["exit_code"]) for e in events if e["kind"] == "worker_exited")),
         "errors": [f"{e['source']}: {e['message'][:300]}" for e in events if e["kind"] == "error"],
         "warnings": [f"{e['source']}: {e['message'][:300]}" for e in events if e["kind"] == "warning"],
     }
 
 
-def _losses(events: list[Event]) -> dict[str, float] | None:
-    """The last validation."""
-    last = next((e for e in reversed(events) if e["kind"] == "validation"), None)
-    return None if last is None else {"step": last["step"], "val_loss": last["loss"], **last["metrics"]}
+def _last_validation(events: list[Event]) -> Event:
+    return next((e for e in reversed(events) if e["kind"] == "validation"), {})
 
 
 def _is_of(process: psutil.Process, run: Path) -> bool:

@@ -19,15 +19,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from shoal.data.loader import Batch, Cursor
 from shoal.engine import build
+from shoal.engine.assemble import assemble
 from shoal.engine.checkpoint.archive import Archive
 from shoal.engine.checkpoint.session import CheckpointSession
-from shoal.engine.computation import Direct
 from shoal.engine.control import StopRequest
-from shoal.engine.forward import Forward
-from shoal.engine.loop import Crew, Loop, LoopConfig
-from shoal.engine.pace import InStep
 from shoal.engine.progress import Progress
-from shoal.engine.stopping import StopRule
+from shoal.engine.turnover import Turnover
 from shoal.events import EventLog
 from shoal.job.target import resolve
 from shoal.plan import Plan, parse_plan, resolve_plan
@@ -44,36 +41,14 @@ def shoal_step(target: str, settings: list[str], plan: Plan, topology: Topology,
     """Shoal's own loop, event log included."""
     job = resolve(target, settings).load()
     parts = build.build_parts(job, plan, topology, arrange(plan.layout, topology.nodes), CPU, world)
-    forward = Forward(parts.model, job.loss, CPU, plan.compute.precision)
     folder = Path(tempfile.mkdtemp(prefix="shoal-benchmark-"))
     log = EventLog(folder / "events.jsonl", f"rank-{topology.rank}")
-    size = topology.world_size
-    exchange = build.build_exchange(parts, build.connect_lanes(plan, topology, world, CPU), log)
-    archive = Archive(folder, keep=1, keep_best=False)
-    checkpoints = CheckpointSession(world, archive, log, CPU)
-    crew = Crew(
-        parts=parts,
-        computation=Direct(forward, parts.replica),
-        exchange=exchange,
-        checkpoints=checkpoints,
-        validator=None,
-        pace=InStep(parts.loader, Progress()),
-        stop_rule=StopRule(plan.stop),
-        stop_request=StopRequest(),
-        log=log,
-    )
-    config = LoopConfig(
-        rank=topology.rank,
-        weight=1 / size,
-        clip_norm=None,
-        validate_every=0,
-        checkpoint_every=0,
-        keep_best=False,
-        layout={},
-        writes_pieces=False,
-    )
-    loop = Loop(config, crew, Progress())
-    return lambda: crew.pace.round(loop)
+    connected = build.connect_lanes(plan, topology, world, CPU)
+    exchange = build.build_exchange(parts, connected, log)
+    checkpoints = CheckpointSession(world, Archive(folder, keep=1, keep_best=False), log, CPU)
+    turnover = Turnover(StopRequest())
+    loop = assemble(job, parts, connected, exchange, checkpoints, Progress(), turnover, log)
+    return lambda: loop.take_steps(loop.progress.step + 1)
 
 
 def plain_step(target: str, settings: list[str], plan: Plan, topology: Topology, *, wrap: bool) -> Step:

@@ -1,6 +1,7 @@
 """One replica of a fault-tolerant training by torchft, after its own example `train_ddp.py`.
 
-Gradients are averaged by torchft's DistributedDataParallel, or by calls of its manager's all-reduce. It writes the events that Shoal's ranks write; a quorum of torchft's is a view.
+Gradients are averaged by torchft's DistributedDataParallel, or by calls of its manager's all-reduce. It writes the
+events that Shoal's ranks write; a quorum of torchft's is a view.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """One rank of DistributedDataParallel under torchrun, with snapshots, as PyTorch's tutorial on fault tolerance has it.
 
 Every `every` steps rank 0 writes a snapshot; whenever torchrun starts the workers again, all go on from the last one.
-Nothing in here is about failures: restarting is torchrun's. It writes the events that Shoal's ranks write; an attempt of torchrun's is a view.
+Nothing else in here is about failures: restarting is torchrun's. It writes the events that Shoal's ranks write; an
+attempt of torchrun's is a view.
 """
 
 from __future__ import annotations

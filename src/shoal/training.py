@@ -232,6 +232,7 @@ def _membership(plan: Plan, world_size: int) -> Membership:
         max_nodes=most,
         lease_s=elastic.lease_s,
         restarts=elastic.restarts,
+        servers=num_servers(plan),
     )
 
 

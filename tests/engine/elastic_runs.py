@@ -16,7 +16,7 @@ from shoal.run import Run
 LEASE_S = 1.5
 
 
-def plan(folder: Path, sync: str, *, min_nodes: int = 2, more: str = "") -> list[str]:
+def plan(folder: Path, sync: str, *, min_nodes: int = 2, clips: bool = True, more: str = "") -> list[str]:
     """The option that names a plan under which workers may be lost."""
     path = folder / "plan.toml"
     path.write_text(
@@ -28,7 +28,7 @@ def plan(folder: Path, sync: str, *, min_nodes: int = 2, more: str = "") -> list
         size = {BATCH}
         [compute]
         device = "cpu"
-        clip_norm = {CLIP_NORM}
+        {f"clip_norm = {CLIP_NORM}" if clips else ""}
         [elastic]
         min_nodes = {min_nodes}
         lease_s = {LEASE_S}

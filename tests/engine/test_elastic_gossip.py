@@ -18,6 +18,8 @@ from shoal.run import Run
 from shoal.strategy.sync.gossip import GossipConfig, graph_of
 from training_runs import final_state
 
+SEEN = str(Path(__file__).parents[1] / "jobs" / "seen.py") + ":job"
+
 
 def step_alone(replica: Replica, rank: int, size: int, step: int) -> None:
     """One local step on rank `rank`'s part of a batch."""
@@ -118,3 +120,37 @@ def test_a_lost_neighbour_and_a_newcomer_leave_d_psgd_of_the_graphs_of_their_vie
     assert lost["seat"] == 2
     assert lost["last_step"] == told[1].start
     assert lost["last_step"] - lost["first_step"] < 20, "neighbours knew of nearly all that it did"
+
+
+def seen_by(folder: Path) -> dict[int, list[int]]:
+    """Seat -> the samples that it computed on, in order."""
+    return {
+        int(path.name.removeprefix("seat-")): [int(i) for line in path.read_text().split() for i in line.split(",")]
+        for path in folder.iterdir()
+    }
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_at_their_own_pace_ranks_lease_again_what_nobody_has_learned_from_the_lost_one(
+    victim: int, tmp_path: Path
+) -> None:
+    """Rank 0 holds the counter of the leases."""
+    (tmp_path / "seen").mkdir()
+    given = [
+        *plan(tmp_path, 'kind = "gossip"\nmode = "asynchronous"'),
+        *faults(tmp_path, f'kind = "kill"\nrank = {victim}\nstep = 100', 'kind = "join"\nstep = 5'),
+        *("--set", f"seen={tmp_path / 'seen'}", "--set", "num_samples=480", "--set", "nap_s=0.03"),
+    ]
+    ended = train(SEEN, tmp_path / "run", *given, "--nodes", "4", "--steps", "400")
+    assert ended.code == 0, ended.stderr
+    run, seen = Run(tmp_path / "run"), seen_by(tmp_path / "seen")
+    told = chapters(run)
+    assert any(victim not in chapter.seats for chapter in told)
+    assert len(told[-1].seats) == 4, "one came, one went"
+    assert seen[4], "the newcomer took part"
+    counts = Counter(index for indices in seen.values() for index in indices)
+    assert min(counts.values()) >= 10, "a sample of some epoch is missing"
+    excess = Counter({index: count - 10 for index, count in counts.items() if count > 10})
+    assert excess <= Counter(seen[victim]), "twice is only what the lost rank took with it"
+    assert excess.total() <= 12, "averages have told of nearly all that it did"
+    assert final_state(run)["progress"]["samples"] == 4800

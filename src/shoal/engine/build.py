@@ -17,7 +17,7 @@ from shoal.cluster.cores import cores, threads
 from shoal.data.loader import Cursor, Loader, LoaderConfig, num_samples
 from shoal.engine import random_state
 from shoal.engine.exchange import EXCHANGES, ReplicaExchange
-from shoal.engine.exchange.base import Wiring
+from shoal.engine.exchange.base import Among, Wiring
 from shoal.engine.layout.deferred import build
 from shoal.engine.layout.divide import Divided, Task, divide
 from shoal.engine.layout.lanes import Lanes
@@ -173,7 +173,9 @@ def connect_lanes(plan: Plan, topology: Topology, world: World, device: torch.de
     return Connected(plan=plan, topology=topology, grid=grid, world=world, lanes=lanes, device=device)
 
 
-def build_exchange(parts: Parts, connected: Connected, log: EventLog, first_step: int = 0) -> ReplicaExchange:
+def build_exchange(
+    parts: Parts, connected: Connected, log: EventLog, first_step: int = 0, among: Among | None = None
+) -> ReplicaExchange:
     """Let this rank take part in the plan's sync, after `first_step` committed steps. Collective."""
     plan = connected.plan
     topology = replicas(connected.grid, connected.topology)
@@ -189,6 +191,7 @@ def build_exchange(parts: Parts, connected: Connected, log: EventLog, first_step
         device=connected.device,
         log=log,
         first_step=first_step,
+        among=among,
     )
     return EXCHANGES[plan.sync.kind](wiring, sync, coder)
 

@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 from shoal.cluster.attendance import Attendance, Hello
 from shoal.cluster.views import View
+from shoal.cluster.whereabouts import Whereabouts
 from shoal.engine import build, random_state
 from shoal.engine.assemble import assemble, divide_as_planned, keep_cadence
 from shoal.engine.build import Connected, Parts
@@ -35,6 +36,7 @@ from shoal.engine.connecting import Connecting
 from shoal.engine.course import Course, agree_on_round, lost_samples, make_up
 from shoal.engine.division import Division
 from shoal.engine.exchange import UNEQUAL
+from shoal.engine.exchange.base import Among
 from shoal.engine.exchange.gradients import GradientExchange
 from shoal.engine.experience import Experience
 from shoal.engine.handover import Outcome, hand_over, tell
@@ -44,17 +46,18 @@ from shoal.engine.own_pace import Round
 from shoal.engine.progress import Progress
 from shoal.engine.replicas import make_equal
 from shoal.engine.restoring import restore
+from shoal.engine.standing_in import StandingIn
 from shoal.engine.start import Start, fingerprint, target_of_run
 from shoal.engine.telling import Context, announce, conclude
 from shoal.engine.turnover import Turnover
 from shoal.errors import PeerLostError, RendezvousError
 from shoal.job.job import Job
-from shoal.plan import Plan, for_ranks, load_plan
+from shoal.plan import Plan, for_ranks, load_plan, num_servers
 from shoal.strategy.layout.grid import arrange
 from shoal.strategy.topology import Topology
 from shoal.wire.blocks import keep_large_blocks
 from shoal.wire.groups import failures_as_lost_peers
-from shoal.wire.rendezvous import own_address
+from shoal.wire.rendezvous import JOIN_TIMEOUT_S, own_address
 
 _COORDINATOR, _TOKEN, _SEAT, _NODE = "SHOAL_COORDINATOR", "SHOAL_TOKEN", "SHOAL_SEAT", "SHOAL_NODE"
 _WORD_S = 0.5  # how often a rank that waits looks whether there is something to tell
@@ -279,7 +282,7 @@ class _ElasticRank:
         agreed_at = time.perf_counter()
         if before is not None:
             before.close()  # not earlier: nobody is there any more who waits for what this rank sent last
-        exchange = build.build_exchange(parts, connected, self._log, outcome.progress.step)
+        exchange = build.build_exchange(parts, connected, self._log, outcome.progress.step, self._among(view))
         newcomer = None
         if outcome.taking is not None:
             assert isinstance(exchange, GradientExchange)
@@ -386,6 +389,11 @@ class _ElasticRank:
                 )
         return outcome
 
+    def _among(self, view: View) -> Among:
+        count = num_servers(self._plan)
+        found = Whereabouts(self._start.run).find(count, JOIN_TIMEOUT_S)
+        return Among(epoch=view.epoch, seats=view.seats, servers=found.addresses, lost_servers=found.lost)
+
     def _go_on_apart(
         self,
         view: View,
@@ -398,8 +406,16 @@ class _ElasticRank:
         """Each with a replica of its own: take the steps that this one lacks, and tell what is lost."""
         course, roles, rank = self._course, outcome.roles, connected.topology.rank
         assert self._progress is not None
-        if getattr(connected.plan.sync, "mode", "") == "asynchronous":
+        if getattr(connected.plan.sync, "mode", "") in ("asynchronous", "async"):
             self._midway = agree_on_round(connected.world, outcome, self._midway)
+            self._progress = reached
+            return
+        keeping = {seat: outcome.standings[r].step for r, seat in enumerate(view.seats) if r not in roles.takers}
+        if connected.plan.sync.kind == "parameter_server":
+            StandingIn(
+                job=self._job, parts=self._parts, course=course, among=self._among(view), world=connected.world,
+                checkpoints=checkpoints, turnover=turnover, log=self._log,
+            ).bring(self._start.seat, outcome, keeping, reached.step)  # fmt: skip
             self._progress = reached
             return
         if course is not None and rank not in roles.takers and self._progress.step < reached.step:
@@ -410,7 +426,6 @@ class _ElasticRank:
         self._progress = reached
         if course is None or rank != roles.teller:
             return
-        keeping = {seat: outcome.standings[r].step for r, seat in enumerate(view.seats) if r not in roles.takers}
         for lost in lost_samples(course, keeping, reached.step):
             self._log.write("samples_lost", **dataclasses.asdict(lost))
         if connected.plan.codec.kind != "none":

@@ -1,7 +1,8 @@
 """The process of one parameter server: `python -m shoal.engine.server RUN INDEX`, started by the launcher.
 
-It reads the job and the plan from the run directory, listens on its node's network, tells the workers where through
-their store, and serves until rank 0 ends it or its launcher goes away.
+It reads the job and the plan from the run directory, listens on its node's network, tells the workers where, and serves
+until rank 0 ends it or its launcher goes away. Workers that stay from beginning to end are told through their store;
+where they come and go, through a file in the run's directory, and who they are is told to the servers in each view.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from shoal.cluster.whereabouts import Whereabouts
 from shoal.engine import control
 from shoal.engine.start import target_of_run
 from shoal.errors import RendezvousError, ShoalError, user_traceback
@@ -52,40 +56,70 @@ def _serve(run: Run, index: int, log: EventLog) -> None:
     sync = plan.sync
     assert isinstance(sync, ParameterServerConfig)
     job = target_of_run(run).load()
-    world_size = int(os.environ["WORLD_SIZE"])
+    comes_and_goes = plan.elastic.min_nodes > 0
+    workers = _Number(1 if comes_and_goes else int(os.environ["WORLD_SIZE"]))
     config = ServerConfig(
         index=index,
-        workers=tuple(range(world_size)),
+        workers=() if comes_and_goes else tuple(range(workers.value)),
         mode=sync.mode,
         bound=sync.staleness,
         address=f"tcp://{own_address(os.environ)}:*",
         secrets=load_secrets(Path(sync.secrets)) if sync.secrets else None,
     )
     codec = make_codec(plan.codec) if plan.codec.kind != "none" else None
-    server = Server(config, job.optimizer, schedule=_schedule(job, plan, world_size), codec=codec, log=log.write)
-    store = _store()
-    store.set(f"server/{index}", server.address)
+    server = Server(
+        config,
+        job.optimizer,
+        schedule=_schedule(job, plan, workers),
+        codec=codec,
+        log=log.write,
+        on_members=workers.become,
+    )
     log.write("server_started", address=server.address, mode=sync.mode)
-    keys = [f"server/{other}" for other in range(sync.servers)]
+    meet = _meet_in_files if comes_and_goes else _meet_in_store
+    server.serve(meet(run, index, server.address, sync.servers))
+
+
+def _meet_in_files(run: Run, index: int, address: str, num_servers: int) -> Sequence[str]:
+    whereabouts = Whereabouts(run)
+    whereabouts.publish(index, address)
+    return whereabouts.find(num_servers, JOIN_TIMEOUT_S).addresses
+
+
+def _meet_in_store(_: Run, index: int, address: str, num_servers: int) -> Sequence[str]:
+    store = _store()
+    store.set(f"server/{index}", address)
+    keys = [f"server/{other}" for other in range(num_servers)]
     store.wait(keys, timedelta(seconds=JOIN_TIMEOUT_S))
-    server.serve([store.get(key).decode() for key in keys])
+    return [store.get(key).decode() for key in keys]
 
 
-def _schedule(job: Job, plan: Plan, world_size: int) -> Any:
-    """The job's schedule, which counts steps of all workers: where each push is an update, one in `world_size`."""
+@dataclass
+class _Number:
+    """Of workers."""
+
+    value: int
+
+    def become(self, value: int) -> None:
+        """They have changed."""
+        self.value = value
+
+
+def _schedule(job: Job, plan: Plan, workers: _Number) -> Any:
+    """The job's schedule, which counts steps of all workers: where each push is an update, one in so many workers."""
     if job.schedule is None:
         return None
     make = job.schedule
     assert isinstance(plan.sync, ParameterServerConfig)
     if plan.sync.mode == "bsp":
         return make
-    return lambda optimizer: _EveryNth(optimizer, make(optimizer), world_size)
+    return lambda optimizer: _EveryNth(optimizer, make(optimizer), workers)
 
 
 class _EveryNth:
     """A schedule that moves on with every n-th step only."""
 
-    def __init__(self, optimizer: Optimizer, schedule: LRScheduler, every: int) -> None:
+    def __init__(self, optimizer: Optimizer, schedule: LRScheduler, every: _Number) -> None:
         self._schedule = schedule
         self._every = every
         self._count = 0
@@ -93,7 +127,8 @@ class _EveryNth:
     def step(self) -> None:
         """One update."""
         self._count += 1
-        if self._count % self._every == 0:
+        if self._count >= self._every.value:
+            self._count = 0
             self._schedule.step()
 
     def state_dict(self) -> dict[str, Any]:

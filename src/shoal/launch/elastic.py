@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from shoal.cluster.faults import Fault
+from shoal.cluster.whereabouts import Whereabouts
 from shoal.errors import CoordinatorError
 from shoal.events import Event, EventLog, EventReader
 from shoal.launch.failure import explain
@@ -40,6 +41,7 @@ class Membership:
     Attributes:
         nodes: workers to start with.
         restarts: how often a worker that died is started again in its place.
+        servers: parameter servers to start beside the workers.
     """
 
     nodes: int
@@ -47,6 +49,7 @@ class Membership:
     max_nodes: int
     lease_s: float
     restarts: int
+    servers: int = 0
 
 
 @dataclass
@@ -101,6 +104,9 @@ class ElasticSupervisor:
         self._notice = notice
         self._faults = faults
         self._workers: list[_Worker] = []  # all there have been; of one seat, the last one counts
+        self._servers: list[subprocess.Popen[bytes]] = []
+        self._ended_servers: set[int] = set()
+        self._whereabouts = Whereabouts(run)
         self._coordinator = _Coordinator(run.path / "coordinator")
         self._failed: dict[int, int] = {}
         self._restarted: dict[int, int] = {}
@@ -125,6 +131,7 @@ class ElasticSupervisor:
             injector = Injector(self._faults, self, log) if self._faults else None
             try:
                 self._start_coordinator(log)
+                self._start_servers()
                 for placement in self._seating.placements[: self._membership.nodes]:
                     self._start(placement.rank, placement)
                 self._follow(reader, log, injector)
@@ -218,6 +225,23 @@ class ElasticSupervisor:
         known.address = self._address(address_file, known.process)
         log.write("coordinator_started", address=known.address)
 
+    def _start_servers(self) -> None:
+        for index in range(self._membership.servers):
+            placement = self._seating.placements[index % len(self._seating.placements)]
+            env = {**os.environ, "SHOAL_NODE": placement.node, "SHOAL_CONTROL": "stdin", "PYTHONUNBUFFERED": "1"}
+            command = [*placement.prefix, sys.executable, "-m", "shoal.engine.server", str(self.run.path), str(index)]
+            log = self.run.logs / f"server-{index}.log"
+            self._servers.append(open_process(command, {**env, **placement.env}, log))
+
+    def _check_servers(self) -> None:
+        """A server that was killed is its replica's and the workers' business; one that failed by itself is not."""
+        for index, server in enumerate(self._servers):
+            if server.poll() is not None and index not in self._ended_servers:
+                self._ended_servers.add(index)
+                self._whereabouts.mark_lost(index)
+                if server.returncode == 1:
+                    raise explain(self.run, {}, since=self._since)
+
     def _address(self, path: Path, process: subprocess.Popen[bytes]) -> str:
         deadline = time.monotonic() + _READY_S
         while time.monotonic() < deadline:
@@ -266,6 +290,7 @@ class ElasticSupervisor:
                 self._start_coordinator(log)
             if now > deadline:
                 self._kill_workers()
+            self._check_servers()
             events = reader.poll() if injector is not None or now >= watch_at else []
             if injector is not None:
                 injector.observe(events)
@@ -314,5 +339,7 @@ class ElasticSupervisor:
         self._kill_workers()
         for worker in self._workers:
             collect(worker.process)
+        for server in self._servers:
+            collect(server)
         if self._coordinator.process is not None:
             collect(self._coordinator.process)

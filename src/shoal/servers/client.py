@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from shoal.errors import ServerLostError
 from shoal.job.sparse_rows import TableSpec
 from shoal.ops import Pull, Push, ServerOp
 from shoal.servers.connections import ClientConfig, Connections, Log
@@ -22,7 +24,7 @@ from shoal.servers.requests import Pending, Request
 from shoal.servers.routing import Routing
 from shoal.strategy.codec.feedback import Coder
 from shoal.strategy.sync.sharding import PIECE_BYTES, Piece
-from shoal.wire.frame import Header, Message, Operation, text
+from shoal.wire.frame import EPOCH_BITS, IN_NAME, Header, Message, Operation, text
 
 _MAX_KEYS = 256  # a message
 _NOTHING = torch.empty(0, dtype=torch.uint8)
@@ -48,7 +50,7 @@ class ServerClient:
         self._routing = Routing(pieces, len(config.addresses), replicate=config.replicate)
         self._connections = Connections(config, log)
         self._numbers = itertools.count(1)
-        self._sequences = itertools.count(1)
+        self._sequences = itertools.count(1 + (config.epoch << EPOCH_BITS))
         self.read_clock = 0
         """Every worker's updates of all steps before this one are in the values of the last pull (bsp and ssp)."""
 
@@ -190,6 +192,34 @@ class ServerClient:
         answers = self._ask_all(Operation.STATUS, "its status")
         return {index: answer.document() for index, answer in answers.items()}
 
+    def change_members(self, workers: Sequence[int], clock: int) -> None:
+        """Tell all servers which workers train in this client's view, and wait. One worker does it.
+
+        Args:
+            clock: the step that they go on from; nothing of an earlier one is missing.
+        """
+        document = {"epoch": self._config.epoch, "workers": list(workers), "clock": clock}
+        self._ask_all(Operation.MEMBERS, "the new members", [("document", text(document))])
+
+    def parts_used(self, first: int) -> list[int]:
+        """The parts, numbered from `first` on, that all servers' values have learned from (async)."""
+        answers = self._ask_all(Operation.PARTS, "the parts that were used", clock=first)
+        found = [set(answer.tensor(0).tolist()) for answer in answers.values()]
+        return sorted(set.intersection(*found))
+
+    def is_loaded(self) -> bool:
+        """Whether all servers hold all that they should."""
+        expected = Counter(holder for _, holders in self._routing.all_keys() for holder in holders)
+        return all(status["keys"] >= expected[index] for index, status in self.status().items())
+
+    def clocks(self) -> dict[int, int]:
+        """By worker, how many of its steps are in all values (bsp, ssp)."""
+        lowest: dict[int, int] = {}
+        for status in self.status().values():
+            for worker, clock in status["clocks"].items():
+                lowest[int(worker)] = min(clock, lowest.get(int(worker), clock))
+        return lowest
+
     def stop_servers(self) -> None:
         """End all servers that are alive."""
         self._ask_all(Operation.STOP, "the stop")
@@ -283,11 +313,22 @@ class ServerClient:
 
     def _header(self, operation: Operation, clock: int, sequence: int = 0) -> Header:
         oldest = self._connections.oldest_sequence(sequence)
-        return Header(operation, next(self._numbers), self._config.rank, clock, sequence, oldest)
+        flags = IN_NAME if self._config.in_name else 0
+        return Header(operation, next(self._numbers), self._config.rank, clock, sequence, oldest, flags)
 
-    def _ask_all(self, operation: Operation, what: str) -> dict[int, Message]:
-        requests = {index: Request(self._header(operation, 0), (), (index,), what) for index in self._connections.alive}
-        self._connections.submit(list(requests.values())).result()
+    def _ask_all(
+        self, operation: Operation, what: str, tensors: Sequence[tuple[str, Tensor]] = (), clock: int = 0
+    ) -> dict[int, Message]:
+        requests = {
+            index: Request(self._header(operation, clock), tensors, (index,), what) for index in self._connections.alive
+        }
+        self._connections.send(list(requests.values()))
+        for request in requests.values():
+            try:
+                self._connections.pending([request]).result()
+            except ServerLostError:
+                if not (self._config.replicate and self._connections.alive):
+                    raise
         return {index: request.answer for index, request in requests.items() if request.answer is not None}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import zmq
 
-from shoal.errors import ServerLostError, ServerRefusedError, WireError
+from shoal.errors import PeerLostError, ServerLostError, ServerRefusedError, WireError
 from shoal.servers.requests import Pending, Request
 from shoal.wire.blocks import keep_large_blocks
 from shoal.wire.bulk import MAX_MESSAGE_BYTES, Link
@@ -32,6 +32,10 @@ class ClientConfig:
         lost_after_s: a server whose connection broke and did not come back for this long is lost.
         timeout_s: how long a result waits. In bsp and ssp that covers waiting for the slowest worker.
         replicate: whether sparse tables have replicas; for dense pieces, the pieces say it.
+        epoch: of the view that these updates belong to; 0 where workers do not change.
+        in_name: updates are brought in the name of `rank`, and not by it.
+        lost: servers known to be gone.
+        is_over: whether nobody waits for results any more, because the view has ended.
     """
 
     addresses: tuple[str, ...]
@@ -42,6 +46,10 @@ class ClientConfig:
     timeout_s: float = 600.0
     replicate: bool = False
     max_message_bytes: int = MAX_MESSAGE_BYTES
+    epoch: int = 0
+    in_name: bool = False
+    lost: frozenset[int] = frozenset()
+    is_over: Callable[[], bool] = lambda: False
 
 
 class Connections:
@@ -63,13 +71,18 @@ class Connections:
                 max_message_bytes=config.max_message_bytes,
             )
             for index, address in enumerate(config.addresses)
+            if index not in config.lost
         }
         self._poller = zmq.Poller()
         for link in self._links.values():
             self._poller.register(link.socket, zmq.POLLIN)
             self._poller.register(link.monitor, zmq.POLLIN)
         self._open: dict[int, Request] = {}
-        self.lost: dict[int, str] = {}
+        self.lost = {
+            index: f"server {index} at {address} was lost before"
+            for index, address in enumerate(config.addresses)
+            if index in config.lost
+        }
         """Servers not to ask any more, and why."""
         self.bytes_sent = 0
         self.bytes_received = 0
@@ -109,7 +122,13 @@ class Connections:
         self.bytes_sent += self._links[request.server].send(request.header, request.tensors)
 
     def _pump(self, timeout_s: float) -> None:
-        """Take what has come, for at most `timeout_s` (or less), and see to lost servers."""
+        """Take what has come, for at most `timeout_s` (or less), and see to lost servers.
+
+        Raises:
+            PeerLostError: nobody waits any more.
+        """
+        if self._config.is_over():
+            raise PeerLostError("the view ended while a parameter server was waited for")
         self._poller.poll(int(min(timeout_s, _TICK_S) * 1000))
         for link in list(self._links.values()):
             while link.index in self._links and (answer := link.receive()) is not None:
@@ -132,6 +151,8 @@ class Connections:
             case Operation.REFUSED:
                 where = f"server {link.index} at {link.address}"
                 self._fail(request, ServerRefusedError(f"{where} refused {request.what}: {answer.document()}"))
+            case Operation.OUTDATED:
+                self._fail(request, PeerLostError(f"{request.what} is of a view that has ended: others went on"))
             case Operation.MOVED:
                 self._lose(link.index, f"server {link.index} at {link.address} was replaced by its replicas")
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from shoal.strategy.sync.staleness import Answer, Apply, Duplicate, Hold, Instruction, Refuse, Staleness, UpdateId
+from shoal.wire.frame import IN_NAME, Header
 
 
 class RefusalError(Exception):
@@ -62,15 +63,25 @@ class Holding:
         if reason:
             raise RefusalError(f"{self.key}: {reason}")
 
-    def take(
-        self, worker: int, sequence: int, clock: int, oldest: int, update: Any, answer: Callable[[Any], None]
-    ) -> None:
+    def take(self, header: Header, update: Any, answer: Callable[[Any], None]) -> bool:
         """Do with one update what the staleness says; `answer` gets the tokens of pulls that may be answered now.
+
+        Returns:
+            Whether it is new, and has not come before.
 
         Raises:
             RefusalError: it contradicts an earlier one.
         """
-        self._obey(self.staleness.update_came(worker, sequence, clock, oldest), update, answer)
+        instructions = self.staleness.update_came(
+            header.rank, header.sequence, header.clock, header.oldest, in_name=bool(header.flags & IN_NAME)
+        )
+        self._obey(instructions, update, answer)
+        return not isinstance(instructions[0], Duplicate)
+
+    def change_members(self, workers: Sequence[int], clock: int) -> None:
+        """From `clock` on, others are waited for."""
+        self.staleness.members_changed(workers, clock)
+        self._held.clear()
 
     def leave(self, worker: int, answer: Callable[[Any], None]) -> None:
         """Wait for this worker no more."""

@@ -17,19 +17,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import zmq
 from torch import Tensor
 
 from shoal.job.sparse_rows import TableSpec
 from shoal.servers.dense import DensePiece, OptimizerFactory, ScheduleFactory
 from shoal.servers.holding import Holding, RefusalError
+from shoal.servers.ledger import Ledger
 from shoal.servers.replication import Replicas, refused
 from shoal.servers.table import TableShard
 from shoal.strategy.codec import Codec
 from shoal.strategy.sync.staleness import Mode, Staleness
 from shoal.wire.blocks import keep_large_blocks
 from shoal.wire.bulk import MAX_MESSAGE_BYTES, Listener
-from shoal.wire.frame import FORWARDED, FrameError, Header, Message, Operation, text
+from shoal.wire.frame import EPOCH_BITS, FORWARDED, FrameError, Header, Message, Operation, text
 from shoal.wire.secrets import Secrets
 
 _TICK_MS = 100
@@ -83,6 +85,7 @@ class Server:
         schedule: ScheduleFactory | None = None,
         codec: Codec | None = None,
         log: Log = lambda kind, **fields: None,
+        on_members: Callable[[int], None] = lambda number: None,
     ) -> None:
         """Listen at `config.address`; `address` then says where.
 
@@ -91,7 +94,8 @@ class Server:
             schedule: makes its learning-rate schedule.
             codec: how workers may encode their updates.
             log: called as `log(kind, **fields)`: replica_lost (server), promoted (key), moved (key), frame_dropped
-                (reason), server_failed (message). `EventLog.write` fits.
+                (reason), server_failed (message), members (epoch, workers, clock). `EventLog.write` fits.
+            on_members: called with the number of workers when they change.
 
         Raises:
             RendezvousError: the address cannot be bound.
@@ -104,6 +108,10 @@ class Server:
         self._log = log
         self._holdings: dict[str, Holding] = {}
         self._waiting: set[_Waiting] = set()
+        self._ledger = Ledger()
+        self._epoch = 0
+        self._workers = config.workers
+        self._on_members = on_members
         self._stopped = False
         self._listener = Listener(
             config.address,
@@ -170,6 +178,11 @@ class Server:
                 for holding in self._holdings.values():
                     holding.leave(message.header.rank, functools.partial(self._fresh, holding))
                 self._reply(identity, message.header)
+            case Operation.MEMBERS:
+                self._change_members(identity, message)
+            case Operation.PARTS:
+                parts = self._ledger.whole(message.header.clock, len(self._holdings))
+                self._reply(identity, message.header, [("parts", torch.tensor(parts, dtype=torch.int64))])
             case Operation.STATUS:
                 self._reply(identity, message.header, [("status", text(self._status()))])
             case Operation.STOP:
@@ -180,6 +193,9 @@ class Server:
 
     def _push(self, identity: bytes, message: Message) -> None:
         header, updates = message.header, _updates(message)
+        if header.sequence >> EPOCH_BITS < self._epoch and not header.flags & FORWARDED:
+            self._reply(identity, header, operation=Operation.OUTDATED)
+            return
         holdings = [self._holding(key) for key in updates]
         for holding, (key, update) in zip(holdings, list(updates.items()), strict=True):
             if isinstance(holding.shard, DensePiece) and isinstance(update, Tensor):
@@ -195,7 +211,8 @@ class Server:
         replica = next(iter(replicas), None)
         for holding, update in zip(holdings, updates.values(), strict=True):
             answer = functools.partial(self._fresh, holding)
-            holding.take(header.rank, header.sequence, header.clock, header.oldest, update, answer)
+            if holding.take(header, update, answer) and self._epoch and self._config.mode == "async":
+                self._ledger.note(header.clock)
         if replica is None or header.flags & FORWARDED:
             self._reply(identity, header)
             return
@@ -256,7 +273,7 @@ class Server:
         if document.get("state") is not None:
             shard.restore(document["state"], {name: item for name, item in tensors.items() if name != "document"})
         config = self._config
-        staleness = Staleness(config.mode, config.workers, bound=config.bound, start_clock=int(document["clock"]))
+        staleness = Staleness(config.mode, self._workers, bound=config.bound, start_clock=int(document["clock"]))
         self._holdings[key] = Holding(key, shard, staleness, bool(document["primary"]), document["replica"])
 
     def _dump(self, identity: bytes, message: Message) -> None:
@@ -278,8 +295,34 @@ class Server:
             "size_bytes": sum(holding.shard.size_bytes for holding in self._holdings.values()),
             "updates": {key: holding.shard.version for key, holding in self._holdings.items()},
             "waiting": len(self._waiting),
+            "epoch": self._epoch,
+            "clocks": self._clocks(),
             "dropped": self._listener.dropped,
         }
+
+    def _clocks(self) -> dict[int, int]:
+        """By worker, how many of its steps are in the values of all keys."""
+        lowest: dict[int, int] = {}
+        for holding in self._holdings.values():
+            for worker, clock in holding.staleness.clocks.items():
+                lowest[worker] = min(clock, lowest.get(worker, clock))
+        return lowest
+
+    def _change_members(self, identity: bytes, message: Message) -> None:
+        document = message.document()
+        epoch, workers = int(document["epoch"]), [int(worker) for worker in document["workers"]]
+        if epoch < self._epoch:
+            self._reply(identity, message.header, operation=Operation.OUTDATED)
+            return
+        if epoch > self._epoch:  # else this is said again
+            # In async nobody is waited for, and what stands for a clock is none.
+            self._epoch, self._workers = epoch, () if self._config.mode == "async" else tuple(workers)
+            self._waiting.clear()
+            for holding in self._holdings.values():
+                holding.change_members(self._workers, int(document["clock"]))
+            self._on_members(len(workers))
+            self._log("members", epoch=epoch, workers=workers, clock=document["clock"])
+        self._reply(identity, message.header)
 
     def _moved(self, holding: Holding, header: Header) -> bool:
         """Whether this server must not answer for `holding`; a worker that asks a replica makes it the primary."""

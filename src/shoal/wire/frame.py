@@ -57,16 +57,26 @@ class Operation(enum.IntEnum):
     LEAVE = 7
     STATUS = 8
     STOP = 9
+    MEMBERS = 10
+    """The workers of a new view: an update of an earlier view is `OUTDATED` from now on."""
+    PARTS = 11
+    """Which parts of a round were learned from: see `servers.ledger`."""
     DONE = 64
     """The answer: carried out. Its tensors are the result."""
     REFUSED = 65
     """The answer: not carried out, and asking again will not help. Tensor `text` says why."""
     MOVED = 66
     """The answer: another server holds these keys now."""
+    OUTDATED = 67
+    """The answer: not carried out, since it is of an earlier view of the workers."""
 
 
 FORWARDED = 1
 """Flag: a primary hands this update on to its replica."""
+IN_NAME = 2
+"""Flag: this update is brought in the name of its worker, which may have brought it itself."""
+EPOCH_BITS = 32
+"""An update's sequence is numbered within a view; above these bits stands the view's epoch."""
 
 
 class FrameError(ValueError):

@@ -13,6 +13,7 @@ import os
 import socket
 import stat
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -141,6 +142,7 @@ class World:
         self._on_close: list[Callable[[], None]] = []
         self._groups: list[Group] = []
         self._damages: list[None] = []
+        self._made: Counter[str] = Counter()
         self._is_cut = False
         self._everybody: Group | None = None
 
@@ -164,12 +166,14 @@ class World:
         return self._is_cut
 
     def group(self, name: str, members: Sequence[int]) -> Group:
-        """Connect the ranks `members`, of which this is one. Collective over them; `name` is used once in a view.
+        """Connect the ranks `members`, of which this is one. Collective over them, who all call it by the same `name`.
 
         Raises:
             PeerLostError: a rank could not be reached, or the view was cut.
         """
-        store = dist.PrefixStore(f"group/{name}/{'-'.join(map(str, members))}", self.store)
+        key = f"group/{name}/{'-'.join(map(str, members))}"
+        self._made[key] += 1
+        store = dist.PrefixStore(f"{key}/{self._made[key]}", self.store)
         index = list(members).index(self.rank)
         with self._lock, failures_as_lost_peers(f"connecting ranks {list(members)}"):
             before = _open_sockets()

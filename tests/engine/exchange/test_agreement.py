@@ -14,15 +14,21 @@ from shoal.wire.inprocess import run_in_process
 from shoal.wire.transport import private_memory
 
 
-def agree(losses: list[float], stops: list[bool], dtype: torch.dtype = torch.float64) -> list[Verdict]:
+def agree(
+    losses: list[float],
+    stops: list[bool],
+    dtype: torch.dtype = torch.float64,
+    ballots: list[Ballot] | None = None,
+) -> list[Verdict]:
     world_size = len(losses)
     agreements = [
         Agreement(rank, world_size, lambda n, dtype: private_memory(n, dtype, torch.device("cpu")))
         for rank in range(world_size)
     ]
-    for agreement, loss, stop in zip(agreements, losses, stops, strict=True):
+    given = ballots or [Ballot(stop=stop) for stop in stops]
+    for agreement, loss, ballot in zip(agreements, losses, given, strict=True):
         agreement.bucket.source.fill_(99.0)  # what an exchange leaves behind is of no use to the next
-        agreement.propose(torch.tensor(loss, dtype=dtype), Ballot(stop=stop))
+        agreement.propose(torch.tensor(loss, dtype=dtype), ballot)
     views = topologies("abc"[:world_size])
     run_in_process(
         [
@@ -56,3 +62,12 @@ def test_one_vote_to_stop_is_enough() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_loss_of_any_precision_can_be_told(dtype: torch.dtype) -> None:
     assert agree([0.5, 0.25], [False] * 2, dtype)[0].loss == 0.75
+
+
+def test_times_are_told_by_rank_and_one_wish_for_a_checkpoint_is_enough() -> None:
+    given = [Ballot(data_s=0.25, compute_s=1.0), Ballot(save=True, compute_s=2.0), Ballot()]
+    for verdict in agree([1.0] * 3, [False] * 3, ballots=given):
+        assert verdict.data_s == [0.25, 0.0, 0.0]
+        assert verdict.compute_s == [1.0, 2.0, 0.0]
+        assert verdict.save
+    assert not agree([1.0] * 2, [False] * 2)[0].save

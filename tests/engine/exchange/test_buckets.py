@@ -196,7 +196,7 @@ def test_a_tied_weight_has_one_place_and_a_frozen_one_none() -> None:
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     assert names == ["never", "first.weight", "first.bias", "there.weight", "rare.weight", "rare.bias"]
     assert rig.buckets.buckets[0].num_values == 6 * 16  # each of at most 16 values of 4 bytes, aligned to 64 bytes
-    assert num_places == 6 * 16 + 6  # and one flag each
+    assert num_places == 6 * 16 + 6 + 1  # and one flag each, and one for all
 
 
 def test_each_bucket_has_one_dtype() -> None:
@@ -210,8 +210,42 @@ def test_flags_tell_which_parameters_have_a_gradient_here() -> None:
     rig = Rig(model, EVERYTHING)
     rig.step([model(torch.ones(2, 3))])
     bucket = rig.buckets.buckets[0]
-    # From the last parameter to the first: rare's two, there, first's two, never.
-    assert bucket.source[bucket.num_values :].tolist() == [0, 0, 1, 1, 1, 0]
+    # From the last parameter to the first: rare's two, there, first's two, never; and nothing is spoiled.
+    assert bucket.source[bucket.num_values :].tolist() == [0, 0, 1, 1, 1, 0, 0]
+    assert not rig.buckets.is_spoiled
+
+
+def test_a_rank_that_cannot_go_on_marks_what_has_not_left_and_all_of_it_leaves() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 1))
+    rig = Rig(model, ONE_EACH)
+    rig.buckets.begin()
+    rig.buckets.begin_last_backward()
+    hidden = model[1](model[0](torch.ones(1, 2)))
+    hidden.register_hook(_refuse)
+    with pytest.raises(MemoryError):
+        model[2](hidden).sum().backward()
+    rig.buckets.spoil()
+    rig.buckets.end_last_backward()
+    assert [index for index, _ in rig.sent] == [0, 1, 2, 3]
+    assert [values[-1].item() for _, values in rig.sent] == [0, 0, 1, 1], "the last layer's had left"
+    assert rig.buckets.is_spoiled
+    rig.step([model(torch.ones(1, 2)).sum()])
+    assert not rig.buckets.is_spoiled
+
+
+def test_a_gradient_that_had_left_as_a_whole_is_not_spoiled() -> None:
+    model = nn.Linear(2, 1)
+    rig = Rig(model, EVERYTHING)
+    rig.buckets.begin()
+    rig.buckets.begin_last_backward()
+    model(torch.ones(1, 2)).sum().backward()
+    rig.buckets.spoil()
+    rig.buckets.end_last_backward()
+    assert not rig.buckets.is_spoiled
+
+
+def _refuse(_: Tensor) -> None:
+    raise MemoryError
 
 
 def test_a_gradient_that_only_another_rank_has_is_installed_here_too() -> None:

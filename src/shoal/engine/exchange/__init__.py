@@ -33,7 +33,7 @@ EXCHANGES: dict[str, Callable[..., ReplicaExchange]] = {
     "parameter_server": ServersExchange,
 }
 
-UNEQUAL = frozenset({"gossip", "local"})
+UNEQUAL = frozenset({"gossip", "local", "parameter_server"})
 """Kinds whose ranks hold different values between steps."""
 
 __all__ = ["EXCHANGES", "UNEQUAL", "ReplicaExchange"]

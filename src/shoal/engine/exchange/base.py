@@ -28,6 +28,22 @@ from shoal.wire.transport import Transport
 
 
 @dataclass(frozen=True, kw_only=True)
+class Among:
+    """A view as an exchange sees it.
+
+    Attributes:
+        seats: the members', in order of rank; a seat outlives a view.
+        servers: where the parameter servers listen.
+        lost_servers: the places of those that are gone.
+    """
+
+    epoch: int
+    seats: tuple[int, ...]
+    servers: tuple[str, ...] = ()
+    lost_servers: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Wiring:
     """What an exchange is built from.
 
@@ -38,6 +54,7 @@ class Wiring:
         topology_of_all: all ranks.
         world: all ranks' connections and store.
         first_step: steps that were committed before.
+        among: the view of those who come and go; None where all stay from beginning to end.
     """
 
     replica: Replica
@@ -49,6 +66,7 @@ class Wiring:
     device: torch.device
     log: EventLog
     first_step: int = 0
+    among: Among | None = None
 
 
 class ReplicaExchange(Protocol):

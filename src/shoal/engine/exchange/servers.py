@@ -1,11 +1,17 @@
-"""A worker of parameter servers: pushes gradients and pulls values, in the background where the mode allows it."""
+"""A worker of parameter servers: pushes gradients and pulls values, in the background where the mode allows it.
+
+Where workers come and go, the servers stay and hold the training's state; each view tells them who its workers are
+(by seat, which outlives a view), and whatever still comes from an earlier view is refused. What becomes of a step that
+a loss has cut in two is told in `standing_in.py`. In mode async an update names the part that it learned from, so the
+servers know which parts of a round are left to be leased again.
+"""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,20 +19,23 @@ from torch import Tensor
 
 from shoal.data.loader import Batch
 from shoal.engine.exchange.agreement import Agreement, Ballot, Verdict
-from shoal.engine.exchange.base import Wiring, copied
+from shoal.engine.exchange.base import Among, Wiring, copied
 from shoal.engine.exchange.clipping import require_gradients
 from shoal.engine.exchange.communicator import Lane
 from shoal.engine.exchange.lagged import LaggedAgreement
+from shoal.engine.exchange.server_access import server_client
+from shoal.errors import WireError
 from shoal.job.sparse_table import SparseTable, sparse_tables
 from shoal.ops import WORLD
-from shoal.servers import ClientConfig, Pending, RemoteTable, ServerClient
+from shoal.servers import Pending, RemoteTable, ServerClient
 from shoal.strategy.codec.feedback import Coder
-from shoal.strategy.sync.parameter_server import ParameterServerSync, replicated
-from shoal.strategy.sync.sharding import assign
-from shoal.wire.secrets import load_secrets
+from shoal.strategy.sync.parameter_server import ParameterServerSync
+from shoal.wire.groups import failures_as_lost_peers
 from shoal.wire.traffic import Traffic
 
 _PATIENCE = timedelta(seconds=120)
+_PART_BITS = 24
+"""A part is numbered within its round; above these bits stands the step at which the round began."""
 
 
 class ServersExchange:
@@ -46,17 +55,16 @@ class ServersExchange:
         allocate = lane.transports[WORLD].allocate
         self._agreement = LaggedAgreement(Agreement(self._rank, self._world_size, allocate), lane, sync, self._rank)
         self._parameters = dict(wiring.replica.named_locals)
+        self._among, self._is_leaving = wiring.among, False
         self._client = self._connect()
         self._tables = dict(sparse_tables(wiring.replica.model))
         self._remote = {name: self._attach(name, table) for name, table in self._tables.items()}
-        if self._rank == 0:
-            self._client.load({name: p.detach() for name, p in self._parameters.items()})
-        self._wiring.world.sum([0.0])
         self._pushes: list[Pending[None]] = []
         self._pull: Pending[dict[str, Tensor]] | None = None
-        self._fresh = True
-        self._clock = 0
-        self._step = 0
+        self._fresh = self._enter()
+        self._clock = wiring.first_step - 1 if self._among else 0
+        self._step = wiring.first_step
+        self._part = self._first_part = 0
         self._weight = 0.0
         self._own_loss = torch.zeros(())
 
@@ -78,6 +86,8 @@ class ServersExchange:
         """Take the values that were pulled; where the mode allows it, let the next ones come while this computes."""
         self._wiring.replica.clear_gradients()
         self._weight, self._clock = batch.replica_share / batch.size, clock
+        for remote in self._remote.values() if self._among else ():
+            remote.clock = self._tag
         if not self._fresh:
             self._take(self._pull or self._ask(clock))
             if not self.asynchronous:
@@ -118,7 +128,7 @@ class ServersExchange:
         }
         self._wiring.replica.clear_gradients()
         if self._overlaps:
-            push = self._client.push(gradients, self._clock, self._coder)
+            push = self._client.push(gradients, self._tag, self._coder)
         else:
             push, self._pull = self._client.push_pull(gradients, self._clock, self._coder)
         self._pushes.append(push)
@@ -140,6 +150,29 @@ class ServersExchange:
         self._settle_pushes(keep=0)
         for remote in self._remote.values():
             remote.wait()
+
+    def open_round(self, step: int, num_parts: int, used: frozenset[int]) -> frozenset[int]:
+        """A round begins, or goes on in another view: the servers know what they have learned from. Collective."""
+        self._first_part = step << _PART_BITS
+        known = torch.zeros(num_parts, dtype=torch.int32)
+        if self._rank == 0:
+            parts = [part - self._first_part for part in self._client.parts_used(self._first_part)]
+            known[[number for number in parts if number < num_parts]] = 1
+        with failures_as_lost_peers("telling what was learned"):
+            self._wiring.world.everybody.all_reduce(known)
+        return frozenset(known.nonzero().flatten().tolist())
+
+    def lease(self, number: int) -> None:
+        """The next step is on part `number`."""
+        self._part = self._first_part + number
+
+    @property
+    def used(self) -> frozenset[int]:
+        """The servers know."""
+        return frozenset()
+
+    def meet(self) -> None:
+        """The servers hold everything."""
 
     def turn(self) -> None:
         """The servers hold everything, as soon as it is acknowledged."""
@@ -186,31 +219,54 @@ class ServersExchange:
 
     def close(self, *, wait: bool = False) -> None:
         """End the servers and the connections to them."""
-        if self._rank == 0:
+        self._is_leaving = True
+        if self._among is not None:  # the servers serve the next view
+            with contextlib.suppress(WireError):
+                self.settle()
+        elif self._rank == 0:
             self._client.stop_servers()
         self._client.close()
         self._lane.close(wait=wait)
 
+    @property
+    def _tag(self) -> int:
+        """What an update is known by: its step, or where workers come and go at their own pace, its part."""
+        return self._part if self.asynchronous and self._among else self._clock
+
     def _connect(self) -> ServerClient:
-        keys = [f"server/{index}" for index in range(self._config.servers)]
-        self._wiring.world.store.wait(keys, _PATIENCE)
-        addresses = tuple(self._wiring.world.store.get(key).decode() for key in keys)
-        config = ClientConfig(
-            addresses=addresses,
-            rank=self._rank,
-            secrets=load_secrets(Path(self._config.secrets)) if self._config.secrets else None,
-            replicate=replicated(self._config),
+        world, among = self._wiring.world, self._among
+        if among is None:
+            keys = [f"server/{index}" for index in range(self._config.servers)]
+            world.store.wait(keys, _PATIENCE)
+            among = Among(
+                epoch=0,
+                seats=tuple(range(self._world_size)),
+                servers=tuple(world.store.get(key).decode() for key in keys),
+            )
+        return server_client(
+            self._wiring.replica,
+            self._config,
+            among,
+            worker=among.seats[self._rank],
+            log=self._wiring.log.write,
+            is_over=lambda: world.is_cut and not self._is_leaving,
         )
-        shapes = {name: tuple(p.shape) for name, p in self._parameters.items()}
-        sizes = {name: p.element_size() for name, p in self._parameters.items()}
-        pieces = assign(shapes, sizes, self._config.servers, replicate=config.replicate)
-        return ServerClient(config, pieces, log=self._wiring.log.write)
+
+    def _enter(self) -> bool:
+        """The servers hold the model and know who trains; return whether they have it from here. Collective."""
+        is_loaded = False
+        if self._rank == 0:
+            is_loaded = self._among is not None and self._client.is_loaded()
+            if not is_loaded:
+                for name, table in self._tables.items():
+                    self._client.create_table(name, table.spec)
+                self._client.load({name: p.detach() for name, p in self._parameters.items()})
+            if self._among is not None:
+                self._client.change_members(self._among.seats, self._wiring.first_step)
+        return not self._wiring.world.sum([float(is_loaded)])[0]
 
     def _attach(self, name: str, table: SparseTable) -> RemoteTable:
-        if self._rank == 0:
-            self._client.create_table(name, table.spec)
-        else:
-            self._client.know_table(name, table.spec)
+        self._client.know_table(name, table.spec)
         remote = RemoteTable(self._client, name)
         table.attach(remote)
         return remote
@@ -235,7 +291,7 @@ class ServersExchange:
             self._pull = None
         self.settle()
         self._wiring.world.sum([0.0])
-        if self._step:
+        if self._step or not self._fresh:
             self._take(self._ask(self._clock + 1 if self._config.mode == "bsp" else 0))
         self._wiring.world.sum([0.0])
         self._fresh = True

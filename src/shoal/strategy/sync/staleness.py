@@ -12,6 +12,9 @@ c. A worker's *applied clock* is the number of its updates that are in the value
 Every update is applied exactly once: it is known by (worker, sequence), and one that comes again is a `Duplicate`.
 A machine never forgets a sequence that may come again; each update says which (`oldest`), so memory stays small.
 
+Workers may change (`members_changed`). What a lost one did not bring of a step, another brings in its name: an update
+that is marked so is a `Duplicate` if the worker's own of that clock is there.
+
 Event in, instructions out. One machine stands for one key; who obeys it is `servers/`.
 """
 
@@ -116,18 +119,28 @@ class Staleness:
         return min(self._applied.values(), default=self._start)
 
     @property
+    def clocks(self) -> dict[int, int]:
+        """By worker, the applied clock; nobody in async, where none is waited for."""
+        return dict(self._applied)
+
+    @property
     def num_waiting(self) -> int:
         """Pulls not yet answered."""
         return len(self._waiting)
 
-    def update_came(self, worker: int, sequence: int, clock: int, oldest: int = 0) -> list[Instruction]:
+    def update_came(
+        self, worker: int, sequence: int, clock: int, oldest: int = 0, *, in_name: bool = False
+    ) -> list[Instruction]:
         """Worker `worker`'s update of step `clock` is here.
 
         Args:
             sequence: the update's number; a repeated update has the same.
             oldest: this worker will not repeat a sequence lower than this.
+            in_name: it comes from another worker, in case the worker's own does not.
         """
         update = UpdateId(worker, sequence)
+        if in_name and worker in self._applied and self._has(worker, clock):
+            return [Duplicate(update)]
         reason = self._contradiction(worker, sequence, clock)
         if reason:
             return [Refuse(update, reason)]
@@ -151,6 +164,21 @@ class Staleness:
         """Nobody waits for this worker any more. Its updates that are here still count."""
         self._applied.pop(worker, None)
         return self._apply_complete_clocks() if self._mode == "bsp" else self._release()
+
+    def members_changed(self, workers: Iterable[int], clock: int) -> None:
+        """From `clock` on, these workers are waited for; whoever waits now is forgotten.
+
+        Nothing of an earlier clock may be missing: an update that is held is dropped.
+        """
+        self._applied, self._start = dict.fromkeys(workers, clock), clock
+        self._ahead.clear()
+        self._held.clear()
+        self._waiting.clear()
+
+    def _has(self, worker: int, clock: int) -> bool:
+        """Whether a worker's update of `clock` has come."""
+        applied = clock < self._applied[worker] or clock in self._ahead.get(worker, ())
+        return applied or worker in self._held.get(clock, {})
 
     def _contradiction(self, worker: int, sequence: int, clock: int) -> str | None:
         seen = self._seen.get(worker, _Seen())
