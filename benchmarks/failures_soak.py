@@ -34,7 +34,7 @@ KINDS = ("kill", "freeze", "slow", "cut", "slow_link", "join", "kill_coordinator
 JOB = f"{Path(__file__).parents[1] / 'examples' / 'digits.py'}:job"
 NUM_SAMPLES, BATCH = 1437, 64
 _STEPS_AN_EPOCH = math.ceil(NUM_SAMPLES / BATCH)
-_SAMPLE_S, _SETTLED_S = 1.0, 15.0
+_SAMPLE_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,10 +105,9 @@ class Watch:
         return [p for p in psutil.process_iter() if p.pid != os.getpid() and _is_of(p, self.run)]
 
     def trends(self, longer_than_s: float) -> list[dict[str, float]]:
-        """For each worker that was seen so long: how its figures grew, once settled."""
-        settled = {pid: [s for s in seen if s.t - seen[0].t > _SETTLED_S] for pid, seen in self.samples.items()}
-        long = {pid: seen for pid, seen in settled.items() if len(seen) > 2 and seen[-1].t - seen[0].t > longer_than_s}
-        return [_trend(pid, seen) for pid, seen in long.items()]
+        """For each worker that was seen so long: how its figures grew in the second half of its life."""
+        long = {pid: seen for pid, seen in self.samples.items() if seen[-1].t - seen[0].t > longer_than_s}
+        return [_trend(pid, seen) for pid, seen in long.items() if len(seen) > 5]
 
     def _look(self) -> None:
         while not self._over.wait(_SAMPLE_S):
@@ -216,12 +215,13 @@ def _is_of(process: psutil.Process, run: Path) -> bool:
         return False
 
 
-def _trend(pid: int, seen: list[Sample]) -> dict[str, float]:
-    """Growth a minute, by least squares, and the first and last values."""
-    minutes = (np.array([s.t for s in seen]) - seen[0].t) / 60
-    told: dict[str, float] = {"pid": pid, "seconds": seen[-1].t - seen[0].t}
+def _trend(pid: int, seen: list[Sample]) -> dict[str, Any]:
+    """Growth a minute, by least squares over the second half; and some of all samples, for a closer look."""
+    settled = seen[len(seen) // 2 :]
+    minutes = (np.array([s.t for s in settled]) - settled[0].t) / 60
+    told: dict[str, Any] = {"pid": pid, "seconds": seen[-1].t - seen[0].t}
     for name in ("descriptors", "threads", "megabytes"):
-        values = [float(getattr(s, name)) for s in seen]
-        told |= {f"{name}_first": values[0], f"{name}_last": values[-1], f"{name}_most": max(values)}
+        values = [float(getattr(s, name)) for s in settled]
         told[f"{name}_a_minute"] = float(np.polyfit(minutes, values, 1)[0])
+    told["samples"] = [[round(value, 1) for value in sample] for sample in seen[:: 1 + len(seen) // 60]]
     return told

@@ -147,7 +147,7 @@ def storm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Ended]:
         ),
     ]
     ended = train(
-        REFERENCE, folder / "run", *given, "--nodes", "3", "--steps", "400", "--set", "nap_s=0.05", "--json"
+        REFERENCE, folder / "run", *given, "--nodes", "4", "--steps", "400", "--set", "nap_s=0.05", "--json"
     )
     return Run(folder / "run"), ended
 
@@ -180,7 +180,7 @@ def test_every_view_says_why_it_is(storm: tuple[Run, Ended]) -> None:
     assert told[0] == "start"
     assert any(cause.startswith("seat 2 on local: its connection") or "closed" in cause for cause in told)
     assert "seat 1 on local: silent for 1.5 s" in told
-    assert 3 in {seat for event in events(storm[0], "view") for seat in event["seats"]}
+    assert 4 in {seat for event in events(storm[0], "view") for seat in event["seats"]}
     assert "seat 0 leaves" in told
     assert told.count("seat 1 joins") == 1, "it thawed, and came back with the others' state"
 

@@ -207,6 +207,21 @@ def test_a_resolved_plan_leaves_nothing_open_and_resolves_to_itself(world_size: 
         ("[stop]\nuntil = 'val_loss=1'", r"got 'val_loss=1', expected a condition such as 'val_loss<=1\.9'"),
         ("[stop]\nuntil = 'val_loss<=1'\n[validation]\nevery = 0", r"stop\.until .* validation\.every is 0"),
         ("[stop]\npatience = 3\n[validation]\nevery = 0", r"stop\.patience .* validation\.every is 0"),
+        (
+            "[batch]\nbalance = true\n[sync]\nkind = 'local'",
+            r"batch\.balance does not fit sync local",
+        ),
+        ("[batch]\nbalance = true\n[layout]\nshard = 3", r"batch\.balance does not fit a divided replica"),
+        (
+            "[batch]\nbalance = true\n[codec]\nkind = 'int8'\nvariance_every = 8",
+            r"balance does not fit codec\.v",
+        ),
+        ("[checkpoint]\nevery = 'auto'\n[sync]\nkind = 'gossip'", r"checkpoint\.every = auto does not fit sync gossip"),
+        ("[elastic]\nleave_out_slower_than = 1.1", r"leave_out_slower_than is 1\.1, but below 1\.3 times"),
+        (
+            "[elastic]\nleave_out_slower_than = 3\n[sync]\nkind = 'local'",
+            r"slower_than does not fit sync",
+        ),
     ],
 )
 def test_parts_that_do_not_fit_each_other_are_told(text: str, told: str) -> None:

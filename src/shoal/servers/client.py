@@ -50,7 +50,7 @@ class ServerClient:
         self._routing = Routing(pieces, len(config.addresses), replicate=config.replicate)
         self._connections = Connections(config, log)
         self._numbers = itertools.count(1)
-        self._sequences = itertools.count(1 + (config.epoch << EPOCH_BITS))
+        self._sequences = itertools.count(1 + _first_sequence(config))
         self.read_clock = 0
         """Every worker's updates of all steps before this one are in the values of the last pull (bsp and ssp)."""
 
@@ -330,6 +330,13 @@ class ServerClient:
                 if not (self._config.replicate and self._connections.alive):
                     raise
         return {index: request.answer for index, request in requests.items() if request.answer is not None}
+
+
+def _first_sequence(config: ClientConfig) -> int:
+    """Above all of earlier views; what is brought in a worker's name comes before its own."""
+    if not config.epoch:
+        return 0
+    return (config.epoch << EPOCH_BITS) + (0 if config.in_name else 1 << EPOCH_BITS - 1)
 
 
 def _encoded(coder: Coder, key: str, update: Tensor) -> Tensor:
