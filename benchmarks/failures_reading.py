@@ -49,7 +49,7 @@ class Joining:
 
     Attributes:
         held_s: of each old member, from the end of its last step in the old view to the start of its first in the new.
-        stood_s: of each old member, what its `view` event says: connecting, agreeing and building.
+        connect_s, state_s, build_s: of each old member, what its `view` event says of that.
         before_s, starting_s, during_s, after_s: steps before the newcomer was started, while it started, while it
             caught up, and with its help.
         caught_up_s: from the new view to the newcomer having the state.
@@ -57,7 +57,9 @@ class Joining:
     """
 
     held_s: list[float]
-    stood_s: list[float]
+    connect_s: list[float]
+    state_s: list[float]
+    build_s: list[float]
     before_s: list[float]
     starting_s: list[float]
     during_s: list[float]
@@ -155,17 +157,18 @@ def joining(events: Sequence[Event]) -> Joining:
     if taken is None or caught_up is None:
         raise SystemExit("the newcomer was not there before the run ended: give more steps")
     views = [e for e in _of_ranks(events, "view") if e["epoch"] == taken["epoch"] and not e["took_state"]]
-    held, stood = [], []
+    held = []
     for view in views:
         steps = [e for e in _of_ranks(events, "step") if e["source"] == view["source"]]
         last = [e for e in steps if e["t"] <= view["t"]][-1]
         first = next(e for e in steps if e["t"] > view["t"])
         held.append(first["t"] - first["step_s"] - last["t"])
-        stood.append(view["connect_s"] + view["state_s"] + view["build_s"])
     turned = min(view["t"] for view in views)
     return Joining(
         held_s=held,
-        stood_s=stood,
+        connect_s=[view["connect_s"] for view in views],
+        state_s=[view["state_s"] for view in views],
+        build_s=[view["build_s"] for view in views],
         before_s=intervals(events, 0.0, started)[-BEFORE:],
         starting_s=intervals(events, started, turned),
         during_s=intervals(events, turned, caught_up["t"]),

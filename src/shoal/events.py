@@ -33,7 +33,13 @@ needed and `kill -9` loses at most a line that was being written. Every event ha
 | gradient_dropped | any rank | epoch, first, samples (of this rank): a step was taken without it, as the plan allows |
 | left | any rank | step |
 | caught_up | any rank | step, steps (taken at once), seconds: a newcomer holds what all hold |
+| samples_lost | a rank | seat, first_step, last_step, samples: what a lost rank of a gossip alone had learned |
+| made_up | any rank | step, steps: that it took by itself to come level with the others of a gossip |
+| gossip_memory_reset | a rank | step, epoch: neighbours begin anew to tell each other what they hold |
+| step_in_name | a rank | seat, and the fields of `step`: a lost worker's part of a step, brought to the servers for it |
+| stood_in | a rank | seat, first_step, last_step: all of that |
 | server_started | every server | address, mode |
+| members | every server | epoch, workers (seats), clock: whom it waits for from that step on |
 | validation | rank 0 | step, loss, metrics {name: value}, seconds, best (bool) |
 | checkpoint_saved | rank 0 | step, path (relative to the run), size_bytes, stall_s, write_s |
 | checkpoint_failed | rank 0 | step, message |

@@ -154,3 +154,53 @@ def test_at_their_own_pace_ranks_lease_again_what_nobody_has_learned_from_the_lo
     assert excess <= Counter(seen[victim]), "twice is only what the lost rank took with it"
     assert excess.total() <= 12, "averages have told of nearly all that it did"
     assert final_state(run)["progress"]["samples"] == 4800
+
+
+def test_under_a_codec_neighbours_begin_anew_to_tell_each_other_and_stay_close(tmp_path: Path) -> None:
+    (tmp_path / "seen").mkdir()
+    given = [
+        *plan(tmp_path, 'kind = "gossip"', more='[codec]\nkind = "int8"\n[validation]\nevery = 20'),
+        *("--set", f"seen={tmp_path / 'seen'}", "--set", "nap_s=0.01", "--nodes", "4", "--steps", "200"),
+    ]
+    losses = {}
+    for name, more in {"calm": [], "struck": faults(tmp_path, 'kind = "kill"\nrank = 1\nstep = 70')}.items():
+        ended = train(SEEN, tmp_path / name, *given, *more)
+        assert ended.code == 0, ended.stderr
+        losses[name] = events(Run(tmp_path / name), "validation")[-1]["loss"]
+    run = Run(tmp_path / "struck")
+    [reset] = events(run, "gossip_memory_reset")
+    assert reset["step"] == chapters(run)[1].start
+    distances = [(event["step"], event["distance"]) for event in events(run, "consensus")]
+    assert [step for step, _ in distances][:10] == list(range(20, 201, 20))
+    before = max(distance for step, distance in distances if step <= reset["step"])
+    assert distances[-1][1] < 2 * before, "the healed ring mixes as the old one did"
+    first = events(run, "validation")[0]["loss"]
+    assert losses["struck"] < losses["calm"] + 0.1 * (first - losses["calm"])
+
+
+@pytest.mark.parametrize("mode", ["synchronous", "asynchronous"])
+def test_who_froze_comes_back_as_a_newcomer_and_who_is_taken_away_leaves_nothing_behind(
+    mode: str, tmp_path: Path
+) -> None:
+    (tmp_path / "seen").mkdir()
+    given = [
+        *plan(tmp_path, f'kind = "gossip"\nmode = "{mode}"', more="[validation]\nevery = 0"),
+        *faults(
+            tmp_path,
+            'kind = "freeze"\nrank = 0\nstep = 40\nseconds = 4.0',
+            'kind = "preempt"\nrank = 2\nstep = 260',
+        ),
+        *("--set", f"seen={tmp_path / 'seen'}", "--set", "nap_s=0.03", "--set", "num_samples=480"),
+    ]
+    ended = train(SEEN, tmp_path / "run", *given, "--nodes", "4", "--steps", "400")
+    assert ended.code == 0, ended.stderr
+    run = Run(tmp_path / "run")
+    told = chapters(run)
+    assert [chapter.seats for chapter in told] == [[0, 1, 2, 3], [1, 2, 3], [0, 1, 2, 3], [0, 1, 3]]
+    assert told[2].took == [0]
+    counts = Counter(index for indices in seen_by(tmp_path / "seen").values() for index in indices)
+    if mode == "asynchronous":
+        assert min(counts.values()) >= 10
+        assert counts.total() - 4800 <= 12, "what the frozen one had not told of"
+    else:
+        assert {event["seat"] for event in events(run, "samples_lost")} == {0}, "not of who left in order"

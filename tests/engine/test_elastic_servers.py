@@ -143,3 +143,18 @@ def test_a_server_and_then_a_worker_are_lost_and_training_goes_on(tmp_path: Path
     view = [event for event in events(handle.run, "view") if event["epoch"] == last.epoch]
     assert max(event["state_s"] + event["build_s"] for event in view) < 3, "nobody waits for the dead server again"
     assert final_state(handle.run)["progress"]["samples"] == 3840
+
+
+def test_killed_all_at_once_the_servers_go_on_from_a_checkpoint_with_their_optimizers(tmp_path: Path) -> None:
+    sync = 'kind = "parameter_server"\nmode = "bsp"\nservers = 2'
+    given = [*plan(tmp_path, sync, more="[checkpoint]\nevery = 7"), "--nodes", "2"]
+    assert train(REFERENCE, tmp_path / "whole", *given, "--steps", "40").code == 0
+    with training(REFERENCE, tmp_path / "killed", *given, "--steps", "40", "--set", "nap_s=0.02") as handle:
+        handle.wait_for_step(17)
+        handle.kill_everything()
+    resumed = [*given, "--steps", "40", "--set", "nap_s=0.02", "--resume"]
+    ended = train(REFERENCE, tmp_path / "killed", *resumed)
+    assert ended.code == 0, ended.stderr
+    whole, killed = final_state(Run(tmp_path / "whole"))["model"], final_state(Run(tmp_path / "killed"))["model"]
+    for name, value in whole.items():
+        assert torch.allclose(killed[name], value, rtol=1e-9, atol=1e-11), name

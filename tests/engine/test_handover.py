@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from shoal.engine.handover import Standing, _copy, _pieces, digest_of, roles
+from shoal.engine.handover import Standing, _copy, _pieces, digest_of, roles, roles_apart
 
 SOME = st.lists(
     st.builds(Standing, step=st.integers(-1, 3), validated=st.integers(-1, 3), digest=st.integers(0, 2)),
@@ -75,3 +75,17 @@ def test_models_that_differ_in_one_bit_have_other_digests() -> None:
     with torch.no_grad():
         model[1].weight[0, 1] = torch.nextafter(model[1].weight[0, 1], torch.tensor(9.0))
     assert digest_of(model) != before
+
+
+def test_where_each_has_its_own_nobody_of_the_newest_view_is_corrected() -> None:
+    part = roles_apart([Standing(5, 0, 0, 3), Standing(7, 0, 0, 3), Standing(9, 9, 0, 2), Standing(-1, -1, 0)])
+    assert (part.teller, part.givers, part.takers, part.differing) == (1, [1], [2, 3], [])
+
+
+def test_who_is_in_the_middle_of_a_round_tells_of_it() -> None:
+    part = roles_apart([Standing(5, 5, 0, 3), Standing(5, 5, 0, 3, midway=1)])
+    assert part.teller == 1
+
+
+def test_nobody_gives_where_nobody_has_any() -> None:
+    assert roles_apart([Standing(-1, -1, 0), Standing(-1, -1, 0)]).teller is None

@@ -45,6 +45,27 @@ def test_every_lease_is_given_once_and_an_early_end_finishes_its_unit(
     assert all(claimant.limit == len(given_) for claimant in leases)
 
 
+@given(unit=st.integers(1, 4), size=st.integers(0, 6), data=st.data())
+def test_what_is_left_of_a_round_is_given_once_and_an_early_end_leaves_no_hole(
+    unit: int, size: int, data: st.DataObject
+) -> None:
+    used = data.draw(st.sets(st.integers(0, max(0, unit * size - 1)), max_size=unit * size)) if size else set()
+    rest = [number for number in range(unit * size) if number not in used]
+    end_after = data.draw(st.integers(0, len(rest) + 1))
+    leases = Leases(dist.HashStore(), "leases", unit * size, unit, numbers=rest, floor=max(used, default=-1) + 1)
+    given_: list[int] = []
+    while True:
+        if len(given_) == end_after:
+            leases.end()
+        number = leases.claim()
+        if number is None:
+            break
+        given_.append(number)
+    assert sorted({*given_, *used}) == list(range(leases.limit))
+    assert leases.limit % unit == 0
+    assert len(given_) >= min(end_after, len(rest))
+
+
 @pytest.mark.parametrize("name", PLANS)
 def test_every_sample_is_used_once_although_one_rank_is_slow(name: str, tmp_path: Path) -> None:
     (tmp_path / "seen").mkdir()

@@ -97,6 +97,30 @@ def test_bsp_and_ssp_wait_no_more_for_who_has_left() -> None:
         assert machine.worker_left(1)[-1] == Answer("token")
 
 
+@pytest.mark.parametrize("mode", ["bsp", "ssp"])
+def test_what_a_lost_worker_did_not_bring_another_brings_in_its_name_and_nothing_counts_twice(mode: Mode) -> None:
+    brought, missing = Staleness(mode, [0, 1], bound=1), Staleness(mode, [0, 1], bound=1)
+    brought.update_came(1, 1, 0)
+    for machine in (brought, missing):
+        machine.update_came(0, 1, 0)
+    assert brought.update_came(1, 9, 0, in_name=True) == [Duplicate(UpdateId(1, 9))]
+    assert any(isinstance(answer, Apply) for answer in missing.update_came(1, 9, 0, in_name=True))
+    assert brought.clocks == missing.clocks == {0: 1, 1: 1}
+
+
+@pytest.mark.parametrize("mode", ["bsp", "ssp"])
+def test_after_a_change_only_the_new_members_are_waited_for(mode: Mode) -> None:
+    machine = Staleness(mode, [0, 1])
+    machine.update_came(0, 1, 0)
+    machine.update_came(1, 1, 0)
+    assert machine.pull_came(2, "of the old view") == []
+    machine.members_changed([0, 7], 1)
+    assert isinstance(machine.update_came(1, 2, 1)[0], Refuse)
+    machine.update_came(0, 2, 1)
+    assert machine.pull_came(2, "token") == []
+    assert machine.update_came(7, 1, 1)[-1] == Answer("token")
+
+
 def test_an_update_out_of_its_turn_is_refused() -> None:
     machine = Staleness("bsp", [0], start_clock=5)
     assert isinstance(machine.update_came(0, 1, 4)[0], Refuse)

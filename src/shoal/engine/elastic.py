@@ -60,6 +60,7 @@ from shoal.wire.groups import failures_as_lost_peers
 from shoal.wire.rendezvous import JOIN_TIMEOUT_S, own_address
 
 _COORDINATOR, _TOKEN, _SEAT, _NODE = "SHOAL_COORDINATOR", "SHOAL_TOKEN", "SHOAL_SEAT", "SHOAL_NODE"
+_NEIGHBOURS = "SHOAL_NODE_WORKERS"  # of this node, this one included: they share its cores
 _WORD_S = 0.5  # how often a rank that waits looks whether there is something to tell
 
 
@@ -119,13 +120,14 @@ class _ElasticRank:
         self._job = self._target.load()
         here = Topology(0, (node_from(env),))
         self._device = build.choose_device(self._plan.compute, here)
-        build.set_threads(self._plan.compute, here)
+        build.set_threads(self._plan.compute, Topology(0, here.nodes * int(env.get(_NEIGHBOURS, "1"))))
         self._parts = _parts(self._job, self._plan, here, self._device, start.seat)
         address = own_address(env)
         self._server = dist.TCPStore(address, 0, None, True, wait_for_workers=False)
         self._progress: Progress | None = None
         self._course: Course | None = None
         self._midway: Round | None = None
+        self._fills_servers = False
         self._apart = self._plan.sync.kind in UNEQUAL
         self._checkpoints: CheckpointSession | None = None
         self._experience = Experience()
@@ -283,6 +285,10 @@ class _ElasticRank:
         if before is not None:
             before.close()  # not earlier: nobody is there any more who waits for what this rank sent last
         exchange = build.build_exchange(parts, connected, self._log, outcome.progress.step, self._among(view))
+        if self._fills_servers:
+            held = checkpoints.restore_private(0)  # rank 0 kept it for all
+            exchange.load_state_dict({**(held or {}), "coder": None})
+            self._fills_servers = False
         newcomer = None
         if outcome.taking is not None:
             assert isinstance(exchange, GradientExchange)
@@ -377,6 +383,7 @@ class _ElasticRank:
             make_equal(self._parts.model, world.everybody)
             reached = restore(self._parts, state) if state else Progress()
             self._experience = Experience.from_state(state)
+            self._fills_servers = state is not None and self._plan.sync.kind == "parameter_server"
             outcome = dataclasses.replace(outcome, progress=reached)
         if not self._apart or world.rank in roles.takers or self._progress is None:
             self._progress = reached if outcome.taking is None else None

@@ -260,6 +260,7 @@ class ElasticSupervisor:
             "SHOAL_TOKEN": self._coordinator.token,
             "SHOAL_SEAT": str(seat),
             "SHOAL_NODE": placement.node,
+            "SHOAL_NODE_WORKERS": str([other.node for other in self._seating.placements].count(placement.node)),
             "SHOAL_CONTROL": "stdin",
             "RANK": str(seat),
             "PYTHONUNBUFFERED": "1",

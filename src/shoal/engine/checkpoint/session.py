@@ -159,9 +159,9 @@ class CheckpointSession:
             self._log.write("resumed", step=choice["step"], checkpoint=choice["path"])
         return restored
 
-    def restore_private(self) -> dict[str, Any] | None:
-        """What this rank alone held in the checkpoint that `restore` chose; None if there is none."""
-        part = archive.read_private(self._chosen, self._rank) if self._chosen else None
+    def restore_private(self, rank: int | None = None) -> dict[str, Any] | None:
+        """What this rank alone, or rank `rank`, held in the checkpoint that `restore` chose; None if there is none."""
+        part = archive.read_private(self._chosen, self._rank if rank is None else rank) if self._chosen else None
         if part is None:
             return None
         document, tensors = part
