@@ -231,6 +231,7 @@ class Attendance:
                 self._refuse(error)
         with self._changed:
             was_connected, self._connected = self._connected, False
+            self._heard_at = time.monotonic() if was_connected else self._heard_at
             self._attempt += 1  # which ends `documents`
             self._changed.notify_all()
         if was_connected and not self._is_over():

@@ -50,7 +50,7 @@ from shoal.engine.standing_in import StandingIn
 from shoal.engine.start import Start, fingerprint, target_of_run
 from shoal.engine.telling import Context, announce, conclude
 from shoal.engine.turnover import Turnover
-from shoal.errors import PeerLostError, RendezvousError
+from shoal.errors import PeerLostError, RendezvousError, RunEnded
 from shoal.job.job import Job
 from shoal.plan import Plan, for_ranks, load_plan, num_servers
 from shoal.strategy.layout.grid import arrange
@@ -102,6 +102,10 @@ def work(start: Start) -> None:
         rank.train()
     except PeerLostError:
         raise
+    except RunEnded as end:
+        if end.failed:
+            raise
+        start.log.write("left", step=0)  # training came to its end while this worker waited for a place
     except BaseException as error:
         rank.attendance.failed(f"seat {start.seat}: {type(error).__name__}: {error}")
         raise
@@ -242,7 +246,8 @@ class _ElasticRank:
             self.attendance.next_view(epoch, 0.0)  # raises what ended the run
             if self.attendance.waiting != told:
                 told = self.attendance.waiting
-                self._log.write("waiting", message=told)
+                if told:
+                    self._log.write("waiting", message=told)
 
     def _connected(self, connecting: Connecting) -> Connected:
         with self._changed:

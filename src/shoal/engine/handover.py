@@ -67,7 +67,9 @@ def roles(standings: Sequence[Standing]) -> Roles:
     furthest = max(standing.step for standing in standings)
     if furthest == _NOTHING:
         return Roles(None, [], [], [])
-    ahead = [rank for rank, standing in enumerate(standings) if standing.step == furthest]
+    # Who took that step in an older view took it with other sums: only the newest view's counts.
+    newest = max(standing.epoch for standing in standings if standing.step == furthest)
+    ahead = [r for r, standing in enumerate(standings) if (standing.step, standing.epoch) == (furthest, newest)]
     counts = Counter(standings[rank].digest for rank in ahead)
     most = max(counts.values())
     digest = next(standings[rank].digest for rank in ahead if counts[standings[rank].digest] == most)
@@ -134,7 +136,8 @@ def hand_over(
     """
     own = Standing(_NOTHING, _NOTHING, 0)
     if progress is not None:
-        digest = 0 if apart else digest_of(parts.model)
+        # Who turns to a planned view has just trained with the others, and compared when that view began.
+        digest = 0 if apart or aside is not None else digest_of(parts.model)
         own = Standing(progress.step, progress.validated_step, digest, epoch, int(midway))
     with failures_as_lost_peers("handing state over"):
         standings = _compare(world, own)

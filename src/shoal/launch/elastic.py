@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import time
@@ -306,7 +307,7 @@ class ElasticSupervisor:
         code, seat = worker.process.returncode, worker.seat
         log.write("worker_exited", rank=seat, pid=worker.process.pid, exit_code=code)
         kill_group(worker.process.pid)  # what it started and left
-        if code == 0 or worker.killed:
+        if code in (0, -signal.SIGTERM) or worker.killed:  # asked to leave before it could hear that, maybe
             return
         self._failed[seat] = code
         restarted = self._restarted.get(seat, 0)

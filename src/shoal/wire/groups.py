@@ -185,13 +185,16 @@ class World:
                 options._timeout = _SILENCE
                 nccl = dist.ProcessGroupNCCL(dist.PrefixStore("cuda", store), index, len(members), options)
                 backends["cuda"] = nccl
-            self._sockets |= {fd: inode for fd, inode in _open_sockets().items() if before.get(fd) != inode}
+            own = {fd: inode for fd, inode in _open_sockets().items() if before.get(fd) != inode}
         group = Group(backends, members, self.rank, _SILENCE)
+        if self._is_cut:
+            # Whose the new sockets are is not certain: the next view may be connecting already. Letting go of the
+            # group closes its own, and nobody here waits for an operation of it.
+            group.close()
+            raise PeerLostError(f"connecting ranks {list(members)} failed: the view was cut meanwhile")
+        self._sockets |= own
         group.is_to_damage = self._take_damage
         self._groups.append(group)
-        if self._is_cut:
-            self._shut_down()
-            raise PeerLostError(f"connecting ranks {list(members)} failed: the view was cut meanwhile")
         return group
 
     def sum(self, values: Sequence[float]) -> list[float]:
