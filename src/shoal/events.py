@@ -36,7 +36,7 @@ needed and `kill -9` loses at most a line that was being written. Every event ha
 | samples_lost | a rank | seat, first_step, last_step, samples: what a lost rank of a gossip alone had learned |
 | made_up | any rank | step, steps: that it took by itself to come level with the others of a gossip |
 | gossip_memory_reset | a rank | step, epoch: neighbours begin anew to tell each other what they hold |
-| step_in_name | a rank | seat, and the fields of `step`: a lost worker's part of a step, brought to the servers for it |
+| step_in_name | a rank | seat, and the fields of `step`: a lost worker's part of a step, brought for it |
 | stood_in | a rank | seat, first_step, last_step: all of that |
 | server_started | every server | address, mode |
 | members | every server | epoch, workers (seats), clock: whom it waits for from that step on |

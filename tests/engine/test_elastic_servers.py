@@ -92,8 +92,7 @@ def test_ssp_goes_on_without_a_lost_worker(tmp_path: Path) -> None:
     run = Run(tmp_path / "run")
     assert [len(chapter.seats) for chapter in chapters(run)][-1] == 3
     assert_each_part_once(run, 300)
-    reads = [event for event in events(run, "read")]
-    assert max(event["clock"] - event["applied"] for event in reads) <= 2
+    assert max(event["clock"] - event["applied"] for event in events(run, "read")) <= 2
 
 
 @pytest.mark.parametrize("victim", [0, 2])

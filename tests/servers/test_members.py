@@ -34,16 +34,19 @@ def test_a_step_that_a_loss_cut_in_two_is_made_whole_in_the_lost_ones_name(tmp_p
 
 
 def test_what_comes_of_an_earlier_view_is_turned_away_by_name(tmp_path: Path) -> None:
-    with servers(tmp_path, optimizer="count", workers=[], mode="async") as cluster:
-        with client(cluster.addresses, 0, epoch=3) as now, client(cluster.addresses, 1, epoch=2) as late:
-            now.load(initial())
-            now.change_members([0], 0)
-            with pytest.raises(PeerLostError, match="view that has ended"):
-                late.push(initial(), 0).result()
-            with pytest.raises(PeerLostError):
-                late.change_members([1], 0)
-            for name, value in now.pull(list(SHAPES), 0).result().items():
-                torch.testing.assert_close(value, initial()[name])
+    with (
+        servers(tmp_path, optimizer="count", workers=[], mode="async") as cluster,
+        client(cluster.addresses, 0, epoch=3) as now,
+        client(cluster.addresses, 1, epoch=2) as late,
+    ):
+        now.load(initial())
+        now.change_members([0], 0)
+        with pytest.raises(PeerLostError, match="view that has ended"):
+            late.push(initial(), 0).result()
+        with pytest.raises(PeerLostError):
+            late.change_members([1], 0)
+        for name, value in now.pull(list(SHAPES), 0).result().items():
+            torch.testing.assert_close(value, initial()[name])
 
 
 def test_after_its_steps_were_brought_in_its_name_a_workers_own_still_count(tmp_path: Path) -> None:
@@ -60,16 +63,18 @@ def test_after_its_steps_were_brought_in_its_name_a_workers_own_still_count(tmp_
 
 
 def test_servers_know_which_parts_have_arrived_whole(tmp_path: Path) -> None:
-    with servers(tmp_path, 2, optimizer="count", workers=[], mode="async") as cluster:
-        with client(cluster.addresses, 0, epoch=1) as worker:
-            worker.load(initial())
-            worker.change_members([0], 0)
-            worker.push(initial(), 7).result()
-            worker.push(initial(), 9).result()
-            worker.push({"bias": initial()["bias"]}, 8).result()
-            assert worker.parts_used(7) == [7, 9]
-            assert worker.parts_used(8) == [9]
-            assert worker.parts_used(7) == [9], "what lies before was forgotten"
+    with (
+        servers(tmp_path, 2, optimizer="count", workers=[], mode="async") as cluster,
+        client(cluster.addresses, 0, epoch=1) as worker,
+    ):
+        worker.load(initial())
+        worker.change_members([0], 0)
+        worker.push(initial(), 7).result()
+        worker.push(initial(), 9).result()
+        worker.push({"bias": initial()["bias"]}, 8).result()
+        assert worker.parts_used(7) == [7, 9]
+        assert worker.parts_used(8) == [9]
+        assert worker.parts_used(7) == [9], "what lies before was forgotten"
 
 
 def test_a_ledger_counts_keys() -> None:
