@@ -146,9 +146,7 @@ def storm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Ended]:
             'kind = "preempt"\nrank = 0\nstep = 260',
         ),
     ]
-    ended = train(
-        REFERENCE, folder / "run", *given, "--nodes", "4", "--steps", "400", "--set", "nap_s=0.05", "--json"
-    )
+    ended = train(REFERENCE, folder / "run", *given, "--nodes", "4", "--steps", "400", "--set", "nap_s=0.05", "--json")
     return Run(folder / "run"), ended
 
 

@@ -77,7 +77,9 @@ def told() -> list[dict[str, Any]]:
         port = free.getsockname()[1]
     env = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     processes = [
-        subprocess.Popen([sys.executable, "-c", WORKER, str(rank), str(port)], env=env, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(rank), str(port)], env=env, stdout=subprocess.PIPE, text=True
+        )
         for rank in range(WORLD_SIZE)
     ]
     try:

@@ -35,7 +35,7 @@ from shoal.plan.schema import ComputeConfig, Plan
 from shoal.strategy.layout.grid import Grid, arrange, replicas
 from shoal.strategy.topology import Topology
 from shoal.wire.groups import Group, World
-from shoal.wire.transport import Transport
+from shoal.wire.transport import MemoryPool, Transport
 
 _WHOLE_MATRICES = ("Adafactor", "LBFGS", "Muon")
 """Optimizers of torch.optim whose step on a value depends on others of its matrix."""
@@ -164,11 +164,16 @@ def _example(job: Job, loader: Loader) -> Call:
     return call_of(job.loss, samples)
 
 
-def connect_lanes(plan: Plan, topology: Topology, world: World, device: torch.device) -> Connected:
-    """Connect this rank to the same part of the other replicas as the plan's sync needs it. Collective."""
+def connect_lanes(
+    plan: Plan, topology: Topology, world: World, device: torch.device, pool: MemoryPool | None = None
+) -> Connected:
+    """Connect this rank to the same part of the other replicas as the plan's sync needs it. Collective.
+
+    `pool`: memory that outlives a view.
+    """
     grid = arrange(plan.layout, topology.nodes)
     sync = build_sync(plan, replicas(grid, topology), None)
-    made = Lanes(topology, grid, world, device, verify=getattr(plan.sync, "verify", False))
+    made = Lanes(topology, grid, world, device, verify=getattr(plan.sync, "verify", False), pool=pool)
     lanes = [made.build(lane, sync.groups) for lane in range(sync.num_lanes(device.type))]
     return Connected(plan=plan, topology=topology, grid=grid, world=world, lanes=lanes, device=device)
 

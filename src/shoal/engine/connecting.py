@@ -16,6 +16,7 @@ from shoal.errors import PeerLostError
 from shoal.plan import Plan
 from shoal.strategy.topology import Topology
 from shoal.wire.groups import World, failures_as_lost_peers
+from shoal.wire.transport import MemoryPool
 
 _CONNECT_TIMEOUT_S = 30.0
 
@@ -24,19 +25,29 @@ class Connecting:
     """One rank's way into a view."""
 
     def __init__(
-        self, view: View, rank: int, plan: Plan, device: torch.device, *, on_done: Callable[[], None], exempt_port: int
+        self,
+        view: View,
+        rank: int,
+        plan: Plan,
+        device: torch.device,
+        *,
+        on_done: Callable[[], None],
+        exempt_port: int,
+        pool: MemoryPool,
     ) -> None:
         """Begin.
 
         Args:
             plan: resolved for the view's number of ranks.
             on_done: called from the thread at its end.
+            pool: memory that outlives views.
             exempt_port: connections to it (the coordinator's) survive a cut.
         """
         self.view = view
         self._rank = rank
         self._plan = plan
         self._device = device
+        self._pool = pool
         self._on_done = on_done
         self._exempt = [exempt_port, *(_port_of(member.store) for member in view.members)]
         self._world: World | None = None
@@ -117,7 +128,7 @@ class Connecting:
                 world.cut()
         world.connect()
         topology = Topology(self._rank, tuple(member.node for member in view.members))
-        connected = connect_lanes(self._plan, topology, world, self._device)
+        connected = connect_lanes(self._plan, topology, world, self._device, self._pool)
         if view.planned:  # newcomers are given their state while the others train
             connected = dataclasses.replace(connected, aside=world.group("aside", range(size)))
         return connected

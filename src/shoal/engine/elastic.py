@@ -58,6 +58,7 @@ from shoal.strategy.topology import Topology
 from shoal.wire.blocks import keep_large_blocks
 from shoal.wire.groups import failures_as_lost_peers
 from shoal.wire.rendezvous import JOIN_TIMEOUT_S, own_address
+from shoal.wire.transport import MemoryPool
 
 _COORDINATOR, _TOKEN, _SEAT, _NODE = "SHOAL_COORDINATOR", "SHOAL_TOKEN", "SHOAL_SEAT", "SHOAL_NODE"
 _NEIGHBOURS = "SHOAL_NODE_WORKERS"  # of this node, this one included: they share its cores
@@ -139,6 +140,7 @@ class _ElasticRank:
         self._current: Connecting | None = None
         self._next: Connecting | None = None
         self._before: Connecting | None = None
+        self._pool = MemoryPool()
         self._excluded_from = 0  # the epoch of a view that does without us
         self._lost_at: float | None = None
         self._has_begun = False
@@ -174,6 +176,7 @@ class _ElasticRank:
             except PeerLostError as error:
                 self._lost_at = self._lost_at or time.perf_counter()
                 connecting.close()
+                self._pool.release()
                 self._log.write("view_lost", epoch=connecting.view.epoch, message=str(error))
                 self.attendance.broken(connecting.view.epoch, str(error))
         self._log.write("left", step=self._progress.step if self._progress else 0)
@@ -216,7 +219,13 @@ class _ElasticRank:
             else:
                 plan = for_ranks(self._plan, len(view.members))
                 self._next = Connecting(
-                    view, rank, plan, self._device, on_done=self._notify, exempt_port=self._coordinator_port
+                    view,
+                    rank,
+                    plan,
+                    self._device,
+                    on_done=self._notify,
+                    exempt_port=self._coordinator_port,
+                    pool=self._pool,
                 )
             self._changed.notify_all()
 
@@ -288,7 +297,8 @@ class _ElasticRank:
         )
         agreed_at = time.perf_counter()
         if before is not None:
-            before.close()  # not earlier: nobody is there any more who waits for what this rank sent last
+            # Not earlier: nobody is there any more who waits for what this rank sent last. And beside training.
+            threading.Thread(target=before.close, daemon=True, name="shoal-closing").start()
         exchange = build.build_exchange(parts, connected, self._log, outcome.progress.step, self._among(view))
         if self._fills_servers:
             held = checkpoints.restore_private(0)  # rank 0 kept it for all
@@ -336,6 +346,7 @@ class _ElasticRank:
             self._midway = loop.midway
             self._experience = loop.experience
             loop.leave_view()
+            self._pool.release()
 
     def _commit(self, epoch: int, step: int) -> None:
         self._lost_at = None

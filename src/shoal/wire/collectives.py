@@ -15,14 +15,20 @@ from shoal.ops import AllGather, AllReduce, AllToAll, Barrier, Broadcast, Op, Se
 from shoal.wire import checksum
 from shoal.wire.groups import Group, failures_as_lost_peers
 from shoal.wire.traffic import Traffic, messages_of, size_bytes
-from shoal.wire.transport import Memory, private_memory
+from shoal.wire.transport import Memory, MemoryPool, private_memory
 
 
 class TorchTransport:
     """One process group. Tensors live on `device`."""
 
-    def __init__(self, group: Group, device: torch.device, *, verify: bool = False) -> None:
-        """`verify`: a checksum goes with every message that this module sends itself (all but the library's sums)."""
+    def __init__(
+        self, group: Group, device: torch.device, *, verify: bool = False, pool: MemoryPool | None = None
+    ) -> None:
+        """`verify`: a checksum goes with every message that this module sends itself (all but the library's sums).
+
+        `pool`: where memory comes from.
+        """
+        self._pool = pool
         self._group = group
         self._verify = verify and device.type == "cpu"
         self._members = group.members
@@ -31,7 +37,7 @@ class TorchTransport:
 
     def allocate(self, num_values: int, dtype: torch.dtype) -> Memory:
         """Private memory: collectives work in place."""
-        return private_memory(num_values, dtype, self._device)
+        return private_memory(num_values, dtype, self._device, self._pool)
 
     def perform(self, op: Op) -> Any:
         """Carry out `op`; on a GPU it is enqueued on the current stream."""

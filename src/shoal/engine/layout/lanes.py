@@ -10,17 +10,24 @@ from shoal.strategy.topology import Topology
 from shoal.wire import shared_memory
 from shoal.wire.collectives import TorchTransport
 from shoal.wire.groups import SILENCE_TIMEOUT_S, World
-from shoal.wire.transport import Transport
+from shoal.wire.transport import MemoryPool, Transport
 
 
 class Lanes:
     """Makes lanes; all ranks make the same ones in the same order."""
 
     def __init__(
-        self, topology: Topology, grid: Grid, world: World, device: torch.device, *, verify: bool = False
+        self,
+        topology: Topology,
+        grid: Grid,
+        world: World,
+        device: torch.device,
+        *,
+        verify: bool = False,
+        pool: MemoryPool | None = None,
     ) -> None:
-        """`verify`: checksums go with messages."""
-        self._verify = verify
+        """`verify`: checksums go with messages. `pool`: where their memory comes from."""
+        self._verify, self._pool = verify, pool
         self._topology = topology
         self._own = grid.group(topology.rank, "replicate")
         self._world = world
@@ -38,7 +45,8 @@ class Lanes:
         return transports
 
     def _over(self, lane: int, name: str, members: list[int]) -> Transport:
-        return TorchTransport(self._world.group(f"{lane}/{name}", members), self._device, verify=self._verify)
+        group = self._world.group(f"{lane}/{name}", members)
+        return TorchTransport(group, self._device, verify=self._verify, pool=self._pool)
 
     def _node(self, lane: int) -> Transport:
         local = self._neighbours()
