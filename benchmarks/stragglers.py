@@ -58,6 +58,8 @@ def one_round(options: argparse.Namespace, folder: Path) -> dict[str, list[float
 
 
 def _quotas(options: argparse.Namespace) -> list[float]:
+    if options.parts:
+        return [round(options.cpu * float(part), 4) for part in options.parts.split(",")]
     return [options.cpu] * (options.nodes - 1) + [round(options.cpu * options.slow, 4)]
 
 
@@ -80,6 +82,7 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=4)
     parser.add_argument("--cpu", type=float, default=0.4, help="cores of a node")
     parser.add_argument("--slow", type=float, default=0.25, help="the last node's part of that")
+    parser.add_argument("--parts", help="each node's part of --cpu, e.g. 1,1,0.5,0.25; in place of --nodes and --slow")
     parser.add_argument("--link", help="such as 1000mbit; default: no limit")
     parser.add_argument("--model", default="3M")
     parser.add_argument("--batch", type=int, default=16, help="samples of a step over all ranks")
@@ -89,6 +92,7 @@ def main() -> None:
     parser.add_argument("--alone-steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
+    options.nodes = len(_quotas(options))
     if options.batch % options.nodes:
         parser.error(f"--batch got {options.batch}, expected a multiple of {options.nodes}: all ranks take alike")
     rounds: list[dict[str, list[float]]] = []

@@ -15,16 +15,12 @@ import contextlib
 import dataclasses
 import json
 import os
-import secrets
-import signal
 import threading
 import time
 from collections.abc import Mapping
 
 import torch
-import torch.distributed as dist
 
-from shoal.cluster.attendance import Attendance, Hello
 from shoal.cluster.views import View
 from shoal.cluster.whereabouts import Whereabouts
 from shoal.engine import build, random_state
@@ -39,6 +35,7 @@ from shoal.engine.exchange import UNEQUAL
 from shoal.engine.exchange.base import Among
 from shoal.engine.exchange.gradients import GradientExchange
 from shoal.engine.experience import Experience
+from shoal.engine.following import COORDINATOR, Following
 from shoal.engine.handover import Outcome, hand_over, tell
 from shoal.engine.loop import TURN, Loop
 from shoal.engine.newcomer import Newcomer
@@ -47,7 +44,7 @@ from shoal.engine.progress import Progress
 from shoal.engine.replicas import make_equal
 from shoal.engine.restoring import restore
 from shoal.engine.standing_in import StandingIn
-from shoal.engine.start import Start, fingerprint, target_of_run
+from shoal.engine.start import Start, target_of_run
 from shoal.engine.telling import Context, announce, conclude
 from shoal.engine.turnover import Turnover
 from shoal.errors import PeerLostError, RendezvousError, RunEnded
@@ -57,12 +54,10 @@ from shoal.strategy.layout.grid import arrange
 from shoal.strategy.topology import Topology
 from shoal.wire.blocks import keep_large_blocks
 from shoal.wire.groups import failures_as_lost_peers
-from shoal.wire.rendezvous import JOIN_TIMEOUT_S, own_address
-from shoal.wire.transport import MemoryPool
+from shoal.wire.rendezvous import JOIN_TIMEOUT_S
 
-_COORDINATOR, _TOKEN, _SEAT, _NODE = "SHOAL_COORDINATOR", "SHOAL_TOKEN", "SHOAL_SEAT", "SHOAL_NODE"
+_SEAT, _NODE = "SHOAL_SEAT", "SHOAL_NODE"
 _NEIGHBOURS = "SHOAL_NODE_WORKERS"  # of this node, this one included: they share its cores
-_WORD_S = 0.5  # how often a rank that waits looks whether there is something to tell
 
 
 DISK_PATIENCE_S = 60.0
@@ -71,7 +66,7 @@ DISK_PATIENCE_S = 60.0
 
 def is_asked_for(env: Mapping[str, str]) -> bool:
     """Whether this process was started to attend to a coordinator."""
-    return _COORDINATOR in env
+    return COORDINATOR in env
 
 
 def seat_from(env: Mapping[str, str]) -> int:
@@ -108,10 +103,10 @@ def work(start: Start) -> None:
             raise
         start.log.write("left", step=0)  # training came to its end while this worker waited for a place
     except BaseException as error:
-        rank.attendance.failed(f"seat {start.seat}: {type(error).__name__}: {error}")
+        rank.views.attendance.failed(f"seat {start.seat}: {type(error).__name__}: {error}")
         raise
     finally:
-        rank.attendance.close()
+        rank.views.attendance.close()
 
 
 class _ElasticRank:
@@ -127,8 +122,6 @@ class _ElasticRank:
         self._device = build.choose_device(self._plan.compute, here)
         build.set_threads(self._plan.compute, Topology(0, here.nodes * int(env.get(_NEIGHBOURS, "1"))))
         self._parts = _parts(self._job, self._plan, here, self._device, start.seat)
-        address = own_address(env)
-        self._server = dist.TCPStore(address, 0, None, True, wait_for_workers=False)
         self._progress: Progress | None = None
         self._course: Course | None = None
         self._midway: Round | None = None
@@ -136,32 +129,9 @@ class _ElasticRank:
         self._apart = self._plan.sync.kind in UNEQUAL
         self._checkpoints: CheckpointSession | None = None
         self._experience = Experience()
-        self._changed = threading.Condition()
-        self._current: Connecting | None = None
-        self._next: Connecting | None = None
         self._before: Connecting | None = None
-        self._pool = MemoryPool()
-        self._excluded_from = 0  # the epoch of a view that does without us
-        self._lost_at: float | None = None
         self._has_begun = False
-        self._coordinator_port = int(env[_COORDINATOR].rsplit(":", 1)[1])
-        self.attendance = Attendance(
-            env[_COORDINATOR],
-            token=env.get(_TOKEN, ""),
-            hello=Hello(
-                run=str(start.run.read_info()["id"]),
-                member=f"{node_from(env)}-{os.getpid()}-{secrets.token_hex(4)}",
-                seat=start.seat,
-                node=node_from(env),
-                store=f"{address}:{self._server.port}",
-                fingerprint=dict(fingerprint(self._plan, self._target)),
-            ),
-            lease_s=self._plan.elastic.lease_s,
-            on_view=self._on_view,
-            log=start.log.write,
-        )
-        start.stop_request.on_flip = self._damage_next
-        signal.signal(signal.SIGTERM, lambda *_: self._hand_in_notice())
+        self.views = Following(start, self._plan, self._target, self._device, here.nodes[0], env)
 
     def train(self) -> None:
         """Go through views until training ends, or this rank has left.
@@ -169,103 +139,12 @@ class _ElasticRank:
         Raises:
             RunEnded: another rank's failure, or the launcher's, ended the run.
         """
-        while (connecting := self._await_view()) is not None:
+        while (connecting := self.views.next()) is not None:
             try:
                 if self._train_in(connecting):
                     return
             except PeerLostError as error:
-                self._lost_at = self._lost_at or time.perf_counter()
-                connecting.close()
-                self._pool.release()
-                self._log.write("view_lost", epoch=connecting.view.epoch, message=str(error))
-                self.attendance.broken(connecting.view.epoch, str(error))
-        self._log.write("left", step=self._progress.step if self._progress else 0)
-
-    def _damage_next(self) -> None:
-        """A rehearsal: a byte of the next message goes wrong."""
-        current = self._current
-        if current is not None and current.connected is not None:
-            current.connected.world.damage_next()
-
-    def _hand_in_notice(self) -> None:
-        """SIGTERM: this machine is about to be taken away."""
-        alone = self._current is None or len(self._current.view.members) == 1
-        if alone:
-            self._start.stop_request.set()
-            return
-        self.attendance.leaving()
-        timer = threading.Timer(self._plan.elastic.notice_s, self._leave_at_once)
-        timer.daemon = True
-        timer.start()
-
-    def _leave_at_once(self) -> None:
-        """The notice is over, and the others cannot do without this rank: they keep the state, and wait for more."""
-        self._log.write("left", step=self._progress.step if self._progress else 0)
-        self.attendance.close()
-        os._exit(0)
-
-    def _on_view(self, view: View) -> None:
-        """The coordinator decided who trains together. On its client's thread."""
-        rank = view.rank_of(self._start.seat)
-        with self._changed:
-            if self._next is not None:
-                self._next.close()
-                self._next = None
-            if not view.planned and self._current is not None:
-                self._lost_at = self._lost_at or time.perf_counter()
-                self._current.cut()
-            if rank is None:
-                self._excluded_from = view.epoch
-            else:
-                plan = for_ranks(self._plan, len(view.members))
-                self._next = Connecting(
-                    view,
-                    rank,
-                    plan,
-                    self._device,
-                    on_done=self._notify,
-                    exempt_port=self._coordinator_port,
-                    pool=self._pool,
-                )
-            self._changed.notify_all()
-
-    def _notify(self) -> None:
-        with self._changed:
-            self._changed.notify_all()
-
-    def _is_ready(self) -> bool:
-        """Whether this rank could turn to the next view, or go, after the step at hand."""
-        following, current = self._next, self._current
-        if current is not None and self._excluded_from > current.view.epoch:
-            return True
-        return following is not None and following.view.planned and following.is_ready
-
-    def _await_view(self) -> Connecting | None:
-        """The view to train in next, as soon as it is known; None when others go on without this rank, as planned."""
-        told = ""
-        epoch = self._current.view.epoch if self._current else 0
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._next is not None or self._excluded_from > epoch, _WORD_S)
-                if self._next is not None:
-                    self._current, self._next = self._next, None
-                    return self._current
-                if self._excluded_from > epoch:
-                    return None
-            self.attendance.next_view(epoch, 0.0)  # raises what ended the run
-            if self.attendance.waiting != told:
-                told = self.attendance.waiting
-                if told:
-                    self._log.write("waiting", message=told)
-
-    def _connected(self, connecting: Connecting) -> Connected:
-        with self._changed:
-            self._changed.wait_for(lambda: connecting.is_done or self._next is not None)
-        if not connecting.is_done:
-            raise PeerLostError(f"view {connecting.view.epoch} was replaced before it was formed")
-        connected = connecting.result()
-        # Only the sums of all-reduce let a newcomer follow before it has the state.
-        return connected if connected.plan.sync.kind == "allreduce" else dataclasses.replace(connected, aside=None)
+                self.views.lost(connecting, error)
 
     def _train_in(self, connecting: Connecting) -> bool:
         """Train in one view; return whether training has ended, and not only this view.
@@ -275,12 +154,12 @@ class _ElasticRank:
         """
         began, view, before = time.perf_counter(), connecting.view, self._before
         self._before = connecting
-        connected = self._connected(connecting)
+        connected = self.views.connected(connecting)
         connected_at = time.perf_counter()
         checkpoints = self._checkpoints_in(connected)
         turnover = Turnover(
-            self._start.stop_request, self._is_ready, lambda step: self._commit(view.epoch, step),
-            self.attendance.leaving,
+            self._start.stop_request, self.views.is_ready, lambda step: self.views.committed(view.epoch, step),
+            self.views.attendance.leaving,
         )  # fmt: skip
         outcome = self._take_state(connected, checkpoints)
         assert outcome.progress is not None
@@ -312,7 +191,7 @@ class _ElasticRank:
             self._job, parts, connected, exchange, checkpoints, outcome.progress, turnover, self._log,
             division=division, midway=self._midway, cadence=cadence, newcomer=newcomer, giving=outcome.giving,
         )  # fmt: skip
-        self.attendance.entered(view.epoch)
+        self.views.attendance.entered(view.epoch)
         self._tell_of(view, connected, outcome, began, connected_at, agreed_at)
         context = Context(
             self._start.run, connected.plan, self._target, connected.world, connected.topology, self._device,
@@ -333,7 +212,7 @@ class _ElasticRank:
                 return False
             with contextlib.suppress(PeerLostError):  # all have what they need
                 context.world.sum([0.0])
-            self.attendance.finished(reason)
+            self.views.attendance.finished(reason)
             conclude(context, loop, self._job, reason, time.perf_counter() - self._started)
             return True
         except PeerLostError:
@@ -346,11 +225,7 @@ class _ElasticRank:
             self._midway = loop.midway
             self._experience = loop.experience
             loop.leave_view()
-            self._pool.release()
-
-    def _commit(self, epoch: int, step: int) -> None:
-        self._lost_at = None
-        self.attendance.progress(epoch, step)
+            self.views.pool.release()
 
     def _checkpoints_in(self, connected: Connected) -> CheckpointSession:
         config = self._plan.checkpoint
@@ -473,7 +348,7 @@ class _ElasticRank:
             connect_s=connected_at - began,
             state_s=agreed_at - connected_at,
             build_s=now - agreed_at,
-            lost_s=None if self._lost_at is None else now - self._lost_at,
+            lost_s=self.views.lost_s,
         )
 
 

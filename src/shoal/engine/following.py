@@ -1,0 +1,186 @@
+"""Follows the coordinator: which view this rank is to train in next, and the connections to its members.
+
+Views arrive on the coordinator's client's thread. One that is not planned cuts the connections of the view at hand at
+once, so that whoever waits in an exchange is freed; a planned one is connected meanwhile, and taken up when all are
+ready.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import threading
+import time
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+
+from shoal.cluster.attendance import Attendance, Hello
+from shoal.cluster.views import View
+from shoal.engine.build import Connected
+from shoal.engine.connecting import Connecting
+from shoal.engine.start import Start, fingerprint
+from shoal.errors import PeerLostError
+from shoal.job.target import Target
+from shoal.plan import Plan, for_ranks
+from shoal.wire.rendezvous import own_address
+from shoal.wire.transport import MemoryPool
+
+COORDINATOR, TOKEN = "SHOAL_COORDINATOR", "SHOAL_TOKEN"
+_WORD_S = 0.5  # how often a rank that waits looks whether there is something to tell
+
+
+class Following:
+    """One rank's way from view to view.
+
+    Attributes:
+        attendance: the coordinator's client.
+        pool: memory that outlives a view.
+    """
+
+    def __init__(
+        self, start: Start, plan: Plan, target: Target, device: torch.device, node: str, env: Mapping[str, str]
+    ) -> None:
+        """Say hello: from now on this rank may be made a member."""
+        self._start, self._plan, self._device, self._log = start, plan, device, start.log
+        self._changed = threading.Condition()
+        self._current: Connecting | None = None
+        self._next: Connecting | None = None
+        self._excluded_from = 0  # the epoch of a view that does without us
+        self._lost_at: float | None = None
+        self._step = 0
+        self._coordinator_port = int(env[COORDINATOR].rsplit(":", 1)[1])
+        self.pool = MemoryPool()
+        address = own_address(env)
+        self._server = dist.TCPStore(address, 0, None, True, wait_for_workers=False)
+        self.attendance = Attendance(
+            env[COORDINATOR],
+            token=env.get(TOKEN, ""),
+            hello=Hello(
+                run=str(start.run.read_info()["id"]),
+                member=f"{node}-{os.getpid()}-{secrets.token_hex(4)}",
+                seat=start.seat,
+                node=node,
+                store=f"{address}:{self._server.port}",
+                fingerprint=dict(fingerprint(plan, target)),
+            ),
+            lease_s=plan.elastic.lease_s,
+            on_view=self._on_view,
+            log=start.log.write,
+        )
+        start.stop_request.on_flip = self._damage_next
+        signal.signal(signal.SIGTERM, lambda *_: self._hand_in_notice())
+
+    def next(self) -> Connecting | None:
+        """The view to train in next, as soon as it is known; None when others go on without this rank, as planned.
+
+        Raises:
+            RunEnded: another rank's failure, or the launcher's, ended the run.
+        """
+        told = ""
+        epoch = self._current.view.epoch if self._current else 0
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._next is not None or self._excluded_from > epoch, _WORD_S)
+                if self._next is not None:
+                    self._current, self._next = self._next, None
+                    return self._current
+                if self._excluded_from > epoch:
+                    self._log.write("left", step=self._step)
+                    return None
+            self.attendance.next_view(epoch, 0.0)  # raises what ended the run
+            if self.attendance.waiting != told:
+                told = self.attendance.waiting
+                if told:
+                    self._log.write("waiting", message=told)
+
+    def connected(self, connecting: Connecting) -> Connected:
+        """Wait until the view's members are connected.
+
+        Raises:
+            PeerLostError: one could not be reached, or another view took this one's place.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: connecting.is_done or self._next is not None)
+        if not connecting.is_done:
+            raise PeerLostError(f"view {connecting.view.epoch} was replaced before it was formed")
+        return connecting.result()
+
+    def is_ready(self) -> bool:
+        """Whether this rank could turn to the next view, or go, after the step at hand."""
+        following, current = self._next, self._current
+        if current is not None and self._excluded_from > current.view.epoch:
+            return True
+        return following is not None and following.view.planned and following.is_ready
+
+    def committed(self, epoch: int, step: int) -> None:
+        """A step counts."""
+        self._lost_at, self._step = None, step
+        self.attendance.progress(epoch, step)
+
+    def lost(self, connecting: Connecting, error: PeerLostError) -> None:
+        """The view broke: tell the coordinator, and let go of it."""
+        self._lost_at = self._lost_at or time.perf_counter()
+        connecting.close()
+        self.pool.release()
+        self._log.write("view_lost", epoch=connecting.view.epoch, message=str(error))
+        self.attendance.broken(connecting.view.epoch, str(error))
+
+    @property
+    def lost_s(self) -> float | None:
+        """Seconds since a loss was noticed, if no step was committed since."""
+        return None if self._lost_at is None else time.perf_counter() - self._lost_at
+
+    def _on_view(self, view: View) -> None:
+        """The coordinator decided who trains together. On its client's thread."""
+        rank = view.rank_of(self._start.seat)
+        with self._changed:
+            if self._next is not None:
+                self._next.close()
+                self._next = None
+            if not view.planned and self._current is not None:
+                self._lost_at = self._lost_at or time.perf_counter()
+                self._current.cut()
+            if rank is None:
+                self._excluded_from = view.epoch
+            else:
+                plan = for_ranks(self._plan, len(view.members))
+                self._next = Connecting(
+                    view,
+                    rank,
+                    plan,
+                    self._device,
+                    on_done=self._notify,
+                    exempt_port=self._coordinator_port,
+                    pool=self.pool,
+                )
+            self._changed.notify_all()
+
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _damage_next(self) -> None:
+        """A rehearsal: a byte of the next message goes wrong."""
+        current = self._current
+        if current is not None and current.connected is not None:
+            current.connected.world.damage_next()
+
+    def _hand_in_notice(self) -> None:
+        """SIGTERM: this machine is about to be taken away."""
+        alone = self._current is None or len(self._current.view.members) == 1
+        if alone:
+            self._start.stop_request.set()
+            return
+        self.attendance.leaving()
+        timer = threading.Timer(self._plan.elastic.notice_s, self._leave_at_once)
+        timer.daemon = True
+        timer.start()
+
+    def _leave_at_once(self) -> None:
+        """The notice is over, and the others cannot do without this rank: they keep the state, and wait for more."""
+        self._log.write("left", step=self._step)
+        self.attendance.close()
+        os._exit(0)
