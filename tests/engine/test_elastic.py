@@ -279,17 +279,18 @@ def test_over_a_network_a_cut_link_and_a_damaged_message_cost_no_step(tmp_path: 
         *faults(
             tmp_path,
             'kind = "flip_message"\nrank = 1\nstep = 30',
-            'kind = "cut"\nnode = "node2"\nstep = 60\nseconds = 3.0',
+            'kind = "cut"\nnode = "node2"\nstep = 60\nseconds = 6.0',
             'kind = "flip_message"\nrank = 0\nstep = 200',
         ),
     ]
-    lab = ["--on", "lab", "--lab", "nodes=3,link=100mbit"]
+    lab = ["--on", "lab", "--lab", "nodes=4,link=100mbit"]
     ended = train(REFERENCE, tmp_path / "run", *given, *lab, "--steps", "250", "--set", "nap_s=0.05")
     run = Run(tmp_path / "run")
     assert ended.code == 0, ended.stderr
     assert_as_plain_pytorch(run, 250)
     assert_each_sample_once(run)
     assert_never_back(run)
+    assert max(e["t"] for e in events(run, "step") if e["source"] == "rank-2") > events(run, "fault_ended")[0]["t"]
     damaged = [event["message"] for event in events(run, "view_lost") if "arrived damaged" in event["message"]]
     assert len(damaged) == 2, "each damaged message was caught once"
     assert any("seat 2 on node2: silent" in cause for cause in causes(run))

@@ -140,7 +140,7 @@ class Following:
             if self._next is not None:
                 self._next.close()
                 self._next = None
-            if not view.planned and self._current is not None:
+            if self._current is not None and self._is_over(self._current.view, view):
                 self._lost_at = self._lost_at or time.perf_counter()
                 self._current.cut()
             if rank is None:
@@ -157,6 +157,14 @@ class Following:
                     pool=self.pool,
                 )
             self._changed.notify_all()
+
+    @staticmethod
+    def _is_over(current: View, view: View) -> bool:
+        """Whether nobody trains in `current` any more, now that there is `view`.
+
+        Also where one between them was missed: this rank was cut off, and the others' farewells may never have come.
+        """
+        return not view.planned or view.epoch > current.epoch + 1
 
     def _notify(self) -> None:
         with self._changed:
