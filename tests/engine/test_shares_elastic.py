@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_balance import BATCH, CLIP_NORM, NUM_SAMPLES, SEED, TARGET, single_process
+from test_shares import BATCH, CLIP_NORM, NUM_SAMPLES, SEED, TARGET, single_process
 
 from command_line import train
 from shoal.events import Event, read_events
