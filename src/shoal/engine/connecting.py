@@ -129,7 +129,8 @@ class Connecting:
         world.connect()
         topology = Topology(self._rank, tuple(member.node for member in view.members))
         connected = connect_lanes(self._plan, topology, world, self._device, self._pool)
-        if view.planned:  # newcomers are given their state while the others train
+        if view.planned and self._plan.sync.kind == "allreduce":
+            # Newcomers are given their state while the others train: only the sums of all-reduce let them follow.
             connected = dataclasses.replace(connected, aside=world.group("aside", range(size)))
         return connected
 
