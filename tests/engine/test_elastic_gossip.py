@@ -99,7 +99,7 @@ def assert_every_sample_once_or_told_as_lost(run: Run, steps: int) -> None:
     assert len(expected) - len(used) == lost
 
 
-@pytest.mark.parametrize("topology", ["ring", "matching"])
+@pytest.mark.parametrize("topology", ["ring", pytest.param("matching", marks=pytest.mark.slow)])
 def test_a_lost_neighbour_and_a_newcomer_leave_d_psgd_of_the_graphs_of_their_views(
     topology: str, tmp_path: Path
 ) -> None:
@@ -130,7 +130,7 @@ def seen_by(folder: Path) -> dict[int, list[int]]:
     }
 
 
-@pytest.mark.parametrize("victim", [0, 2])
+@pytest.mark.parametrize("victim", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_at_their_own_pace_ranks_lease_again_what_nobody_has_learned_from_the_lost_one(
     victim: int, tmp_path: Path
 ) -> None:
@@ -178,7 +178,7 @@ def test_under_a_codec_neighbours_begin_anew_to_tell_each_other_and_stay_close(t
     assert losses["struck"] < losses["calm"] + 0.1 * (first - losses["calm"])
 
 
-@pytest.mark.parametrize("mode", ["synchronous", "asynchronous"])
+@pytest.mark.parametrize("mode", [pytest.param("synchronous", marks=pytest.mark.slow), "asynchronous"])
 def test_who_froze_comes_back_as_a_newcomer_and_who_is_taken_away_leaves_nothing_behind(
     mode: str, tmp_path: Path
 ) -> None:

@@ -81,6 +81,7 @@ def test_bsp_through_losses_and_an_arrival_is_plain_pytorch(tmp_path: Path) -> N
     assert_each_part_once(run, 400)
 
 
+@pytest.mark.slow
 def test_ssp_goes_on_without_a_lost_worker(tmp_path: Path) -> None:
     given = [
         *plan(tmp_path, 'kind = "parameter_server"\nmode = "ssp"\nstaleness = 2\nservers = 2', clips=False),
@@ -95,7 +96,7 @@ def test_ssp_goes_on_without_a_lost_worker(tmp_path: Path) -> None:
     assert max(event["clock"] - event["applied"] for event in events(run, "read")) <= 2
 
 
-@pytest.mark.parametrize("victim", [0, 2])
+@pytest.mark.parametrize("victim", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_async_goes_on_without_a_lost_worker_and_leases_again_what_the_servers_do_not_have(
     victim: int, tmp_path: Path
 ) -> None:
