@@ -55,11 +55,11 @@ def assert_as_plain_pytorch(run: Run, steps: int) -> None:
 def test_those_who_stay_keep_their_shares_and_a_newcomer_gets_its_own(tmp_path: Path) -> None:
     """Seat 1 is slow; seat 2 dies; seat 3 joins."""
     rehearsal = '[[fault]]\nkind = "kill"\nrank = 2\nstep = 50\n[[fault]]\nkind = "join"\nstep = 75\n'
-    options = given(tmp_path, faults=rehearsal, steps=160)
+    options = given(tmp_path, faults=rehearsal, steps=400)
     ended = train(TARGET, tmp_path / "run", *options, "--set", "slow_rank=1", "--set", "nap_s=0.004")
     assert ended.code == 0, ended.stderr
     run = Run(tmp_path / "run")
-    assert_as_plain_pytorch(run, 160)
+    assert_as_plain_pytorch(run, 400)
     slow = events(run, "step", 1)
     shares = {event["step"]: event["share"] for event in slow if event["samples"] == BATCH}
     assert shares[1] == 8
