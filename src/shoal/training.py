@@ -133,11 +133,12 @@ def execute(
     flags = {"stop": limits, "elastic": where.bounds}
     resolved = _resume_plan(run, target, wanted, flags, world_size) if run else _fresh_plan(wanted, flags, world_size)
     _check_nodes(where, cluster, resolved)
+    membership = _membership(resolved, world_size) if resolved.elastic.min_nodes else None
     faults = _faults(where, resolved, world_size)
     run = run or open_run(folder, target.short_name, resume=False)
     with run.claimed():
         _store(run, target, resolved)
-        _launch(run, resolved, where, cluster, faults, resume=resume, show=show, notice=notice)
+        _launch(run, resolved, where, cluster, membership, faults, resume=resume, show=show, notice=notice)
     write_report(run)
     return Result(run.path, summary(read_history(run), str(run.path)))
 
@@ -147,6 +148,7 @@ def _launch(
     plan: Plan,
     where: Where,
     cluster: Cluster | None,
+    membership: Membership | None,
     faults: list[Fault],
     *,
     resume: bool,
@@ -162,8 +164,7 @@ def _launch(
     if resume:
         fold(read_events(run.events), history)
     with _seating(where, cluster, world_size) as (seating, lab):
-        if plan.elastic.min_nodes:
-            membership = _membership(plan, world_size)
+        if membership is not None:
             ElasticSupervisor(
                 seating, run, membership, resume=resume, watch=watch, notice=notice, faults=faults, lab=lab
             ).run_to_the_end()

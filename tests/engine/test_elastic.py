@@ -255,6 +255,25 @@ def test_ctrl_c_saves_and_ends_an_elastic_run(tmp_path: Path) -> None:
     assert_nothing_runs(run)
 
 
+def test_ctrl_c_while_too_few_are_left_saves_the_last_committed_step(tmp_path: Path) -> None:
+    given = [*plan(tmp_path, min_nodes=3), "--nodes", "3", "--set", "nap_s=0.01"]
+    with training(REFERENCE, tmp_path / "run", *given) as handle:
+        handle.wait_for_step(10)
+        handle.workers()[1].kill()
+        handle.wait_for(lambda event: event["kind"] == "waiting" and "2 are here, 3 are needed" in event["message"])
+        handle.interrupt()
+        ended = handle.wait()
+    assert ended.code == 0, ended.stderr
+    run = Run(tmp_path / "run")
+    last = max(committed(run))
+    assert final_state(run)["progress"]["step"] == last
+    assert [event["reason"] for event in events(run, "run_finished")] == ["interrupted"], "one of the two has saved"
+    resumed = ["--nodes", "3", "--set", "nap_s=0.01", "--resume", "--steps", str(last + 20)]
+    more = train(REFERENCE, tmp_path / "run", *resumed)
+    assert more.code == 0, more.stderr
+    assert_as_plain_pytorch(run, last + 20)
+
+
 def test_a_worker_outside_a_launchers_reach_is_told_what_it_lacks(tmp_path: Path) -> None:
     given = [*plan(tmp_path), "--nodes", "2", "--set", "nap_s=0.02"]
     with training(REFERENCE, tmp_path / "run", *given) as handle:

@@ -35,6 +35,7 @@ from shoal.engine.exchange import UNEQUAL
 from shoal.engine.exchange.base import Among
 from shoal.engine.exchange.gradients import GradientExchange
 from shoal.engine.experience import Experience
+from shoal.engine.farewell import save_alone
 from shoal.engine.following import COORDINATOR, Following
 from shoal.engine.handover import Outcome, hand_over, tell
 from shoal.engine.loop import TURN, Loop
@@ -131,7 +132,8 @@ class _ElasticRank:
         self._experience = Experience()
         self._before: Connecting | None = None
         self._has_begun = False
-        self.views = Following(start, self._plan, self._target, self._device, here.nodes[0], env)
+        self._node = here.nodes[0]
+        self.views = Following(start, self._plan, self._target, self._device, self._node, env)
 
     def train(self) -> None:
         """Go through views until training ends, or this rank has left.
@@ -145,6 +147,21 @@ class _ElasticRank:
                     return
             except PeerLostError as error:
                 self.views.lost(connecting, error)
+        if self.views.has_stopped:
+            self._stop_waiting()
+
+    def _stop_waiting(self) -> None:
+        """Asked to stop while too few are left: nobody else may hold what this rank holds."""
+        step = self._progress.step if self._progress else 0
+        if self._progress is None or not self._has_begun or self._plan.sync.kind != "allreduce":
+            lost = "; steps since the last checkpoint are in no file" if step else ""
+            self._log.write("warning", message=f"seat {self._start.seat} stopped while it waited for members{lost}")
+        else:
+            save_alone(
+                self._start, self._plan, self._target, self._job, self._parts, self._progress, self._device,
+                self._node,
+            )  # fmt: skip
+        self._log.write("left", step=step)
 
     def _train_in(self, connecting: Connecting) -> bool:
         """Train in one view; return whether training has ended, and not only this view.

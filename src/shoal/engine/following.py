@@ -38,6 +38,7 @@ class Following:
     Attributes:
         attendance: the coordinator's client.
         pool: memory that outlives a view.
+        has_stopped: this rank was asked to stop while there were too few to train with.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Following:
         self._excluded_from = 0  # the epoch of a view that does without us
         self._lost_at: float | None = None
         self._step = 0
+        self.has_stopped = False
         self._coordinator_port = int(env[COORDINATOR].rsplit(":", 1)[1])
         self.pool = MemoryPool()
         address = own_address(env)
@@ -74,7 +76,10 @@ class Following:
         signal.signal(signal.SIGTERM, lambda *_: self._hand_in_notice())
 
     def next(self) -> Connecting | None:
-        """The view to train in next, as soon as it is known; None when others go on without this rank, as planned.
+        """The view to train in next, as soon as it is known.
+
+        Returns None when others go on without this rank, as planned, and when it was asked to stop while it waits for
+        more members (`has_stopped`).
 
         Raises:
             RunEnded: another rank's failure, or the launcher's, ended the run.
@@ -95,6 +100,9 @@ class Following:
                 told = self.attendance.waiting
                 if told:
                     self._log.write("waiting", message=told)
+            if told and self._start.stop_request:
+                self.has_stopped = True
+                return None
 
     def connected(self, connecting: Connecting) -> Connected:
         """Wait until the view's members are connected.
@@ -179,7 +187,7 @@ class Following:
     def _hand_in_notice(self) -> None:
         """SIGTERM: this machine is about to be taken away."""
         alone = self._current is None or len(self._current.view.members) == 1
-        if alone:
+        if alone or self.attendance.waiting:
             self._start.stop_request.set()
             return
         self.attendance.leaving()

@@ -48,9 +48,13 @@ class Loop:
         if reason == TURN:
             self._crew.exchange.turn()
         else:
-            self._stepper.catch_up()
-            self._finish()
+            self.finish()
         return reason
+
+    def finish(self) -> None:
+        """Take no step more: validate and save the state as it is."""
+        self._stepper.catch_up()
+        self._finish()
 
     def take_steps(self, last: int) -> None:
         """Take steps up to `last`, and nothing that is due after them."""
