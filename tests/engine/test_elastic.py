@@ -241,6 +241,21 @@ def test_a_fault_of_the_job_itself_ends_the_run_with_its_cause(tmp_path: Path) -
     assert_nothing_runs(Run(tmp_path / "run"))
 
 
+def test_a_worker_that_hangs_while_its_heartbeat_goes_on_ends_itself_and_the_others_go_on(tmp_path: Path) -> None:
+    given = [*plan(tmp_path, elastic="stuck_after_s = 2.0"), "--set", "fault=hang", "--set", "nap_s=0.02"]
+    ended = train(FAULTY, tmp_path / "run", *given, "--nodes", "3", "--steps", "40")
+    assert ended.code == 0, ended.stderr
+    run = Run(tmp_path / "run")
+    assert sorted(committed(run)) == list(range(1, 41))
+    [stuck] = events(run, "stuck")
+    assert stuck["source"] == "rank-1"
+    assert "forward took longer than elastic.stuck_after_s = 2" in stuck["message"]
+    assert "go_wrong" in stuck["stack"], "it says where it stands"
+    assert "go_wrong" in (run.logs / "rank-1.log").read_text()
+    assert "seat 1 ended itself" in ended.stdout + ended.stderr
+    assert_nothing_runs(run)
+
+
 def test_ctrl_c_saves_and_ends_an_elastic_run(tmp_path: Path) -> None:
     given = [*plan(tmp_path), "--nodes", "2", "--set", "nap_s=0.01"]
     with training(REFERENCE, tmp_path / "run", *given) as handle:

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, TensorDataset
 import shoal
 
 Batch = tuple[Tensor, Tensor]
-Fault = Literal["", "raise", "nan", "exit", "kill"]
+Fault = Literal["", "raise", "nan", "exit", "kill", "hang"]
 
 
 class Loss:
@@ -47,6 +47,8 @@ class Loss:
                 os._exit(7)
             case "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
+            case "hang":
+                time.sleep(3600)
         return loss
 
 

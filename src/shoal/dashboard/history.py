@@ -375,6 +375,7 @@ _HANDLERS: dict[str, Callable[[History, Event], None]] = {
     "run_finished": _on_run_finished,
     "view": _on_view,
     "waiting": _on_warning,
+    "stuck": _on_warning,
     "worker_exited": _on_worker_exited,
 }
 

@@ -53,7 +53,7 @@ def assemble(
     Args:
         division: how batches are divided; default: as the plan says, without anything known.
         midway: of ranks at their own pace, a round that another view did not end.
-        entering: `newcomer`, `giving` and `cadence` of `Crew`.
+        entering: `newcomer`, `giving`, `cadence` and `patience` of `Crew`.
     """
     plan, grid, rank = connected.plan, connected.grid, connected.topology.rank
     forward, computation = _computation(plan, job, parts, connected.device, log)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from shoal.engine.build import Parts
 from shoal.engine.checkpoint.cadence import Cadence
@@ -16,6 +16,7 @@ from shoal.engine.lookout import Lookout
 from shoal.engine.newcomer import Newcomer
 from shoal.engine.own_pace import OwnPace
 from shoal.engine.pace import InStep
+from shoal.engine.patience import Endless, Watch
 from shoal.engine.stopping import StopRule
 from shoal.engine.stopwatch import Stopwatch
 from shoal.engine.turnover import Turnover
@@ -54,6 +55,7 @@ class Crew:
     Attributes:
         lookout: names slow ranks; None where ranks do not tell how long they take.
         cadence: says when checkpoints are due; None where the plan does.
+        patience: is told when this rank does its own work, and waits for nobody.
         newcomer, giving: of a rank that comes into a view without state, and of one that gives it some.
     """
 
@@ -73,3 +75,4 @@ class Crew:
     cadence: Cadence | None = None
     newcomer: Newcomer | None = None
     giving: Giving | None = None
+    patience: Watch = field(default_factory=Endless)

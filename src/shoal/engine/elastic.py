@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -41,6 +42,7 @@ from shoal.engine.handover import Outcome, hand_over, tell
 from shoal.engine.loop import TURN, Loop
 from shoal.engine.newcomer import Newcomer
 from shoal.engine.own_pace import Round
+from shoal.engine.patience import Endless, Patience, Watch, end_this_process
 from shoal.engine.progress import Progress
 from shoal.engine.replicas import make_equal
 from shoal.engine.restoring import restore
@@ -133,6 +135,8 @@ class _ElasticRank:
         self._before: Connecting | None = None
         self._has_begun = False
         self._node = here.nodes[0]
+        limit_s = self._plan.elastic.stuck_after_s
+        self._patience: Watch = Patience(limit_s, self._end_stuck) if limit_s else Endless()
         self.views = Following(start, self._plan, self._target, self._device, self._node, env)
 
     def train(self) -> None:
@@ -149,6 +153,18 @@ class _ElasticRank:
                 self.views.lost(connecting, error)
         if self.views.has_stopped:
             self._stop_waiting()
+
+    def _end_stuck(self, what: str, stack: str) -> None:
+        """This rank will never come to the next exchange: better that the others lose it than that they wait."""
+        self._log.write(
+            "stuck",
+            message=f"seat {self._start.seat} ended itself, so that the others go on: {what} took longer than "
+            f"elastic.stuck_after_s = {self._plan.elastic.stuck_after_s:g}; where it stood is in "
+            f"logs/rank-{self._start.seat}.log",
+            stack=stack,
+        )
+        print(f"stuck in {what}:\n{stack}", file=sys.stderr, flush=True)
+        end_this_process()
 
     def _stop_waiting(self) -> None:
         """Asked to stop while too few are left: nobody else may hold what this rank holds."""
@@ -207,6 +223,7 @@ class _ElasticRank:
         loop = assemble(
             self._job, parts, connected, exchange, checkpoints, outcome.progress, turnover, self._log,
             division=division, midway=self._midway, cadence=cadence, newcomer=newcomer, giving=outcome.giving,
+            patience=self._patience,
         )  # fmt: skip
         self.views.attendance.entered(view.epoch)
         self._tell_of(view, connected, outcome, began, connected_at, agreed_at)

@@ -45,6 +45,7 @@ class Loop:
                 reason = self._after_step(verdict) or self._crew.stop_rule.before_step(self.progress)
                 reason = reason or (TURN if verdict.turn else None)
             self._stepper.rest()
+        self._stepper.end()
         if reason == TURN:
             self._crew.exchange.turn()
         else:

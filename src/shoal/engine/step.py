@@ -37,11 +37,17 @@ class Stepper:
         self._newcomer = crew.newcomer
         self.average_buffers = BufferAverage(crew.parts.model, config.weight, self._sum_buffer)
         self.progress = progress
-        self.rest()
+        self._free_at = time.perf_counter()
 
     def rest(self) -> None:
         """From now on, time counts for the next step."""
         self._free_at = time.perf_counter()
+        if isinstance(self._crew.pace, InStep):  # else the next part may be waited for
+            self._crew.patience.begin("loading samples")
+
+    def end(self) -> None:
+        """There is no next step."""
+        self._crew.patience.end()
 
     @property
     def has_state(self) -> bool:
@@ -57,7 +63,9 @@ class Stepper:
         crew, started, loaded = self._crew, self._free_at, time.perf_counter()
         if self._buffers is not None:
             self._buffers.begin()
+        crew.patience.end()
         crew.exchange.begin(batch, clock)
+        crew.patience.begin("forward")
         crew.stopwatch.start()
         crew.computation.backward(batch, crew.exchange, self._ballot)
         crew.stopwatch.stop()
@@ -105,6 +113,7 @@ class Stepper:
 
     def drop(self) -> None:
         """The step at hand did not commit: nothing of it stays."""
+        self._crew.patience.end()
         if self._buffers is not None:
             self._buffers.undo()
 
@@ -172,6 +181,7 @@ class Stepper:
 
     def _ballot(self) -> Ballot:
         crew, cold = self._crew, self._newcomer is not None
+        crew.patience.end()
         due = crew.cadence is not None and crew.cadence.is_due(self.progress.step + 1)
         return Ballot(
             stop=self.wants_to_stop(),

@@ -118,6 +118,7 @@ class ElasticConfig:
         restarts: how often the launcher starts a worker again in the place of one that died.
         leave_out_slower_than: a worker that is lastingly slower than the usual one by this factor leaves; 0: none does.
         notice_s: after SIGTERM a worker hands over and leaves, within so long in any case.
+        stuck_after_s: a worker that loads samples, or is in one forward, for so long ends itself; 0: never.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -127,6 +128,7 @@ class ElasticConfig:
     lease_s: Annotated[float, Field(gt=0, le=3600)] = 3.0
     restarts: Count = 0
     leave_out_slower_than: Annotated[float, Field(ge=0)] = 0.0
+    stuck_after_s: Annotated[float, Field(ge=0)] = 600.0
 
 
 @dataclass(frozen=True, kw_only=True)
