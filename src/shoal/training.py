@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from shoal.cluster.description import Cluster, load_cluster, parse_lab
-from shoal.cluster.faults import Fault, load_faults, schedule
+from shoal.cluster.faults import Fault, load_faults, require_without_lab, schedule
 from shoal.dashboard.history import History, fold, summary
 from shoal.dashboard.progress import LiveProgress
 from shoal.dashboard.report import read_history, write_report
@@ -212,6 +212,9 @@ def _faults(where: Where, plan: Plan, world_size: int) -> list[Fault]:
             "least number of workers to go on with"
         )
     faults = schedule(load_faults(where.faults), world_size)
+    if where.on != "lab":
+        for fault in faults:
+            require_without_lab(fault)
     if any(fault.kind == "flip_message" for fault in faults) and not getattr(plan.sync, "verify", False):
         raise FaultsError(
             "flip_message changes a byte on the wire, and under this plan nobody would notice: set sync.verify = true"

@@ -258,7 +258,7 @@ def test_nobody_enters_a_full_view_until_there_is_room() -> None:
     world.come("d")
     world.wait(1.0)
     assert world.view.epoch == 1
-    assert "all places are taken" in world.members["d"].told("waiting")[-1]["reason"]
+    assert "all 3 places are taken" in world.members["d"].told("waiting")[-1]["reason"]
     world.lose("a")
     assert world.seats() == [1, 2, 3]
 

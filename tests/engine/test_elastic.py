@@ -241,6 +241,15 @@ def test_a_fault_of_the_job_itself_ends_the_run_with_its_cause(tmp_path: Path) -
     assert_nothing_runs(Run(tmp_path / "run"))
 
 
+def test_a_rehearsal_that_is_impossible_here_is_refused_before_there_is_a_run(tmp_path: Path) -> None:
+    given = [*plan(tmp_path), *faults(tmp_path, 'kind = "cut"\nrank = 1\nstep = 3\nseconds = 1.0')]
+    ended = train(FAULTY, tmp_path / "run", *given, "--nodes", "3", "--steps", "5")
+    assert ended.code != 0
+    assert "cut works on a node's own link, which only the lab has: add --on lab" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_worker_that_hangs_while_its_heartbeat_goes_on_ends_itself_and_the_others_go_on(tmp_path: Path) -> None:
     given = [*plan(tmp_path, elastic="stuck_after_s = 2.0"), "--set", "fault=hang", "--set", "nap_s=0.02"]
     ended = train(FAULTY, tmp_path / "run", *given, "--nodes", "3", "--steps", "40")

@@ -136,6 +136,11 @@ class Fault:
         """What holds for its kind."""
         return RULES[self.kind]
 
+    @property
+    def origin(self) -> str:
+        """Who asks for it, for messages."""
+        return self.where or ("fault" if self.spare is None else "[random]")
+
     def __str__(self) -> str:
         """`kill of rank 2 at step 40`."""
         target = f"rank {self.rank}" if self.rank is not None else self.node
@@ -186,6 +191,19 @@ class _File:
     seed: Annotated[int, pydantic.Field(ge=0)] = 0
     fault: list[_Table] = field(default_factory=list)
     random: RandomFaults | None = None
+
+
+def require_without_lab(fault: Fault) -> None:
+    """Refuse what only the lab can do.
+
+    Raises:
+        FaultsError: it works on a link.
+    """
+    if fault.rule.needs_lab:
+        raise FaultsError(
+            f"{fault.origin}: {fault.kind} works on a node's own link, which only the lab has: add --on lab "
+            "(--lab nodes=4,link=100mbit)"
+        )
 
 
 def load_faults(path: Path) -> Faults:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from shoal.cluster.faults import Fault
+from shoal.cluster.faults import Fault, require_without_lab
 from shoal.errors import FaultsError, MachineError, ShoalError, nearest
 from shoal.events import Event, EventLog
 from shoal.launch.damage import flip_byte, require_small_disk
@@ -239,12 +239,9 @@ class Injector:
 
 
 def _require_possible(fault: Fault, hands: Hands) -> None:
-    where = fault.where or ("fault" if fault.spare is None else "[random]")
-    if fault.rule.needs_lab and hands.lab is None:
-        raise FaultsError(
-            f"{where}: {fault.kind} works on a node's own link, which only the lab has: add --on lab "
-            "(--lab nodes=4,link=100mbit)"
-        )
+    where = fault.origin
+    if hands.lab is None:
+        require_without_lab(fault)
     nodes = list(dict.fromkeys(hands.node_of(seat) for seat in hands.seats()))
     if fault.node is not None and fault.node not in nodes:
         known = ", ".join(nodes)
