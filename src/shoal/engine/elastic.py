@@ -185,8 +185,19 @@ class _ElasticRank:
         Raises:
             PeerLostError: a member was lost; the state is that of the last committed step.
         """
-        began, view, before = time.perf_counter(), connecting.view, self._before
-        self._before = connecting
+        before, self._before = self._before, connecting
+        try:
+            loop, context, outcome = self._enter(connecting, before)
+        finally:
+            if before is not None:
+                # Not earlier: nobody is there any more who waits for what this rank sent last. And beside training.
+                threading.Thread(target=before.close, daemon=True, name="shoal-closing").start()
+        outcome.begin()
+        return self._follow(loop, context)
+
+    def _enter(self, connecting: Connecting, before: Connecting | None) -> tuple[Loop, Context, Outcome]:
+        """Go over to a view: agree on the state, and build what is of this view. Others wait meanwhile."""
+        began, view = time.perf_counter(), connecting.view
         connected = self.views.connected(connecting)
         connected_at = time.perf_counter()
         checkpoints = self._checkpoints_in(connected)
@@ -208,9 +219,6 @@ class _ElasticRank:
             epoch=view.epoch, seats=view.seats, connected=connected, loader=parts.loader, start=outcome.progress
         )
         agreed_at = time.perf_counter()
-        if before is not None:
-            # Not earlier: nobody is there any more who waits for what this rank sent last. And beside training.
-            threading.Thread(target=before.close, daemon=True, name="shoal-closing").start()
         exchange = build.build_exchange(parts, connected, self._log, outcome.progress.step, self._among(view))
         if self._fills_servers:
             held = checkpoints.restore_private(0)  # rank 0 kept it for all
@@ -235,7 +243,7 @@ class _ElasticRank:
             self._has_begun = True
             self._started = time.perf_counter()
             announce(context, loop)
-        return self._follow(loop, context)
+        return loop, context, outcome
 
     def _follow(self, loop: Loop, context: Context) -> bool:
         try:

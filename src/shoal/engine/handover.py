@@ -99,7 +99,7 @@ class Outcome:
 
     Attributes:
         progress: how far all are now; None: nobody has any state.
-        giving: this rank's part of the state, on its way to others in the background.
+        giving: this rank's part of the state, to be sent to others in the background, once it has begun.
         taking: what this rank is sent in the background; until it is there, the rank has no state of its own.
         standings: of all ranks, before.
     """
@@ -109,6 +109,12 @@ class Outcome:
     standings: Sequence[Standing]
     giving: Giving | None = None
     taking: Taking | None = None
+
+    def begin(self) -> None:
+        """Let the state travel. Only now: what training waits for comes first."""
+        for travelling in (self.giving, self.taking):
+            if travelling is not None:
+                travelling.begin()
 
 
 def hand_over(
@@ -186,14 +192,12 @@ def _transfer(world: World, parts: Parts, progress: Progress | None, part: Roles
     if world.rank in part.takers:
         taking = Taking(group, message, part)
         if aside is not None:
-            taking.begin()
             return Outcome(reached, part, (), taking=taking)
         taking.take()
         taking.install(parts)
     elif part.takers and world.rank in part.givers:
         giving = Giving(group, [tensor.detach() for tensor in tensors.values()], part, world.rank)
         if aside is not None:
-            giving.begin()
             return Outcome(reached, part, (), giving=giving)
         giving.give()
     return Outcome(reached, part, ())

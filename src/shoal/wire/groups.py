@@ -33,6 +33,10 @@ _SILENCE = timedelta(seconds=SILENCE_TIMEOUT_S)
 _DESCRIPTORS = Path("/proc/self/fd")
 
 
+def _never() -> bool:
+    return False
+
+
 class Group:
     """Some ranks of a view. One thread at a time; ranks are places in `members`, whose values are global ranks."""
 
@@ -41,7 +45,7 @@ class Group:
     ) -> None:
         """`backends`: by type of device. `timeout`: of one message; the other operations have the backends' own."""
         self._timeout = timeout
-        self.is_to_damage: Callable[[], bool] = lambda: False
+        self.is_to_damage: Callable[[], bool] = _never
         self.members = list(members)
         self.index = self.members.index(rank)
         self._backends = backends
@@ -86,6 +90,7 @@ class Group:
     def close(self) -> None:
         """Let the library close what nobody uses any more."""
         self._backends.clear()
+        self.is_to_damage = _never  # else the view's memory would wait for the garbage collector
 
     def _of(self, tensor: Tensor) -> Any:
         return self._backends[tensor.device.type]
