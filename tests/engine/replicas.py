@@ -28,12 +28,15 @@ class Replica:
         self.schedule = self.job.schedule(self.optimizer)
         self.rank = rank
 
-    def gradient(self, samples: list[int], scale: float = 1.0) -> None:
-        """Of the mean loss over `samples`, times `scale`, clipped."""
+    def gradient(self, samples: list[int], scale: float = 1.0) -> float:
+        """Of the mean loss over `samples`, times `scale`, clipped. Returns that loss."""
         self.optimizer.zero_grad()
+        loss = torch.zeros(())
         if samples:
-            (scale * self.job.loss(self.model, self.data[torch.tensor(samples)])).backward()
+            loss = scale * self.job.loss(self.model, self.data[torch.tensor(samples)])
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, CLIP_NORM)
+        return loss.item()
 
     def update(self) -> None:
         """The optimizer's and the schedule's step."""

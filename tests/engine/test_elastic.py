@@ -3,131 +3,30 @@
 from __future__ import annotations
 
 import signal
-from collections import Counter
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import pytest
 import torch
-from torch import Tensor
+from allreduce_runs import (
+    assert_as_plain_pytorch,
+    assert_each_sample_once,
+    assert_never_back,
+    assert_nothing_runs,
+    causes,
+    committed,
+    plan,
+)
+from elastic_runs import events, faults
+from replicas import TARGET
 
 from command_line import Ended, train, training
-from shoal.data.order import shuffled
-from shoal.engine import random_state
-from shoal.events import Event, read_events
-from shoal.job.target import resolve
 from shoal.launch.lab.rights import availability
 from shoal.run import Run
 from training_runs import final_state, final_tensors
 
-JOBS = Path(__file__).parents[1] / "jobs"
-REFERENCE, RANDOM, FAULTY = (f"{JOBS / name}.py:job" for name in ("reference", "random", "faulty"))
-BATCH, NUM_SAMPLES, CLIP_NORM, SEED, LEASE_S = 12, 50, 0.5, 5, 1.5
-
-
-def plan(folder: Path, *, min_nodes: int = 2, more: str = "", elastic: str = "") -> list[str]:
-    """The option that names a plan under which workers may be lost."""
-    path = folder / "plan.toml"
-    path.write_text(
-        f"""
-        seed = {SEED}
-        [batch]
-        size = {BATCH}
-        [compute]
-        device = "cpu"
-        clip_norm = {CLIP_NORM}
-        [validation]
-        every = 0
-        [elastic]
-        min_nodes = {min_nodes}
-        lease_s = {LEASE_S}
-        {elastic}
-        {more}
-        """
-    )
-    return ["--plan", str(path)]
-
-
-def faults(folder: Path, *tables: str) -> list[str]:
-    """The option that names failures to rehearse; each table is the inside of one."""
-    path = folder / "faults.toml"
-    path.write_text("".join(f"[[fault]]\n{table}\n" for table in tables))
-    return ["--faults", str(path)]
-
-
-@cache
-def single_process(steps: int) -> tuple[dict[str, Tensor], list[float]]:
-    """The reference: whole batches in one process, nothing of the engine but its seed; (parameters, losses)."""
-    job = resolve(REFERENCE, [f"num_samples={NUM_SAMPLES}"]).load()
-    random_state.seed_all(SEED, 0)
-    data, model = job.data(), job.model()
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    update = job.optimizer(trainable)
-    schedule = job.schedule(update)
-    losses = []
-    for step in range(steps):
-        epoch, place = divmod(step, -(-NUM_SAMPLES // BATCH))
-        order = shuffled(np.arange(NUM_SAMPLES), NUM_SAMPLES, seed=SEED, epoch=epoch)
-        update.zero_grad()
-        loss = job.loss(model, data[torch.tensor(order[place * BATCH : (place + 1) * BATCH])])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trainable, CLIP_NORM)
-        update.step()
-        schedule.step()
-        losses.append(loss.item())
-    return dict(model.named_parameters()), losses
-
-
-def events(run: Run, kind: str) -> list[Event]:
-    """All events of one kind, of every process, by time."""
-    return [event for event in read_events(run.events) if event["kind"] == kind]
-
-
-def causes(run: Run) -> list[str]:
-    """Why there was each view, in order."""
-    return list({event["epoch"]: event["cause"] for event in events(run, "view")}.values())
-
-
-def committed(run: Run) -> dict[int, Event]:
-    """Each step that counts, as the latest view that took it told it."""
-    return {event["step"]: event for event in events(run, "step")}
-
-
-def assert_as_plain_pytorch(run: Run, steps: int) -> None:
-    """Every step's loss and the final parameters are those of one process, up to the order of sums."""
-    parameters, losses = single_process(steps)
-    told = committed(run)
-    assert sorted(told) == list(range(1, steps + 1)), "a step is missing"
-    for step, loss in enumerate(losses, start=1):
-        assert told[step]["loss"] == pytest.approx(loss, rel=1e-9)
-    state = final_state(run)["model"]
-    for name, parameter in parameters.items():
-        assert torch.allclose(state[name], parameter.detach(), rtol=1e-9, atol=1e-11), name
-
-
-def assert_each_sample_once(run: Run, num_samples: int = NUM_SAMPLES) -> None:
-    """The batches of each whole epoch, as the log tells them, tile its order."""
-    places: dict[int, Counter[int]] = {}
-    for event in committed(run).values():
-        taken = range(event["first"], event["first"] + event["samples"])
-        places.setdefault(event["epoch"], Counter()).update(taken)
-    for epoch in sorted(places)[:-1]:
-        assert places[epoch] == Counter(range(num_samples)), f"epoch {epoch}"
-
-
-def assert_never_back(run: Run) -> None:
-    """No worker that lives on ever takes a step again that it has committed."""
-    for source in {event["source"] for event in events(run, "step")}:
-        steps = [event["step"] for event in events(run, "step") if event["source"] == source]
-        assert steps == sorted(set(steps)), source
-
-
-def assert_nothing_runs(run: Run) -> None:
-    words = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
-    assert not [line for line in words if any(str(run.path) in word for word in line)]
+RANDOM, FAULTY = (f"{Path(__file__).parents[1] / 'jobs' / name}.py:job" for name in ("random", "faulty"))
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +45,7 @@ def storm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Ended]:
             'kind = "preempt"\nrank = 0\nstep = 260',
         ),
     ]
-    ended = train(REFERENCE, folder / "run", *given, "--nodes", "4", "--steps", "400", "--set", "nap_s=0.05", "--json")
+    ended = train(TARGET, folder / "run", *given, "--nodes", "4", "--steps", "400", "--set", "nap_s=0.05", "--json")
     return Run(folder / "run"), ended
 
 
@@ -209,7 +108,7 @@ def test_a_newcomer_catches_up_while_the_others_train(storm: tuple[Run, Ended]) 
 def test_with_too_few_workers_training_waits_and_says_so(tmp_path: Path) -> None:
     """Of two workers, one dies and is started again: meanwhile the other keeps the state."""
     given = [*plan(tmp_path, elastic="restarts = 1"), *faults(tmp_path, 'kind = "kill"\nrank = 1\nstep = 20')]
-    ended = train(REFERENCE, tmp_path / "run", *given, "--nodes", "2", "--steps", "60", "--set", "nap_s=0.02")
+    ended = train(TARGET, tmp_path / "run", *given, "--nodes", "2", "--steps", "60", "--set", "nap_s=0.02")
     run = Run(tmp_path / "run")
     assert ended.code == 0, ended.stderr
     assert any("1 are here, 2 are needed" in event["message"] for event in events(run, "waiting"))
@@ -267,7 +166,7 @@ def test_a_worker_that_hangs_while_its_heartbeat_goes_on_ends_itself_and_the_oth
 
 def test_ctrl_c_saves_and_ends_an_elastic_run(tmp_path: Path) -> None:
     given = [*plan(tmp_path), "--nodes", "2", "--set", "nap_s=0.01"]
-    with training(REFERENCE, tmp_path / "run", *given) as handle:
+    with training(TARGET, tmp_path / "run", *given) as handle:
         handle.wait_for_step(10)
         handle.interrupt()
         ended = handle.wait()
@@ -281,7 +180,7 @@ def test_ctrl_c_saves_and_ends_an_elastic_run(tmp_path: Path) -> None:
 
 def test_ctrl_c_while_too_few_are_left_saves_the_last_committed_step(tmp_path: Path) -> None:
     given = [*plan(tmp_path, min_nodes=3), "--nodes", "3", "--set", "nap_s=0.01"]
-    with training(REFERENCE, tmp_path / "run", *given) as handle:
+    with training(TARGET, tmp_path / "run", *given) as handle:
         handle.wait_for_step(10)
         handle.workers()[1].kill()
         handle.wait_for(lambda event: event["kind"] == "waiting" and "2 are here, 3 are needed" in event["message"])
@@ -293,14 +192,14 @@ def test_ctrl_c_while_too_few_are_left_saves_the_last_committed_step(tmp_path: P
     assert final_state(run)["progress"]["step"] == last
     assert [event["reason"] for event in events(run, "run_finished")] == ["interrupted"], "one of the two has saved"
     resumed = ["--nodes", "3", "--set", "nap_s=0.01", "--resume", "--steps", str(last + 20)]
-    more = train(REFERENCE, tmp_path / "run", *resumed)
+    more = train(TARGET, tmp_path / "run", *resumed)
     assert more.code == 0, more.stderr
     assert_as_plain_pytorch(run, last + 20)
 
 
 def test_a_worker_outside_a_launchers_reach_is_told_what_it_lacks(tmp_path: Path) -> None:
     given = [*plan(tmp_path), "--nodes", "2", "--set", "nap_s=0.02"]
-    with training(REFERENCE, tmp_path / "run", *given) as handle:
+    with training(TARGET, tmp_path / "run", *given) as handle:
         handle.wait_for_step(5)
         processes = list(handle.workers().values())
         environment: dict[str, Any] = processes[0].environ()
@@ -327,7 +226,7 @@ def test_over_a_network_a_cut_link_and_a_damaged_message_cost_no_step(tmp_path: 
         ),
     ]
     lab = ["--on", "lab", "--lab", "nodes=4,link=100mbit"]
-    ended = train(REFERENCE, tmp_path / "run", *given, *lab, "--steps", "250", "--set", "nap_s=0.05")
+    ended = train(TARGET, tmp_path / "run", *given, *lab, "--steps", "250", "--set", "nap_s=0.05")
     run = Run(tmp_path / "run")
     assert ended.code == 0, ended.stderr
     assert_as_plain_pytorch(run, 250)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import time
+from typing import cast
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
-from shoal.engine.handover import Standing, _copy, _pieces, digest_of, roles, roles_apart
+from shoal.engine.handover import Giving, Roles, Standing, _copy, _pieces, digest_of, roles, roles_apart
+from shoal.wire.groups import Group
 
 SOME = st.lists(
     st.builds(Standing, step=st.integers(-1, 3), validated=st.integers(-1, 3), digest=st.integers(0, 2)),
@@ -89,3 +93,48 @@ def test_who_is_in_the_middle_of_a_round_tells_of_it() -> None:
 
 def test_nobody_gives_where_nobody_has_any() -> None:
     assert roles_apart([Standing(-1, -1, 0), Standing(-1, -1, 0)]).teller is None
+
+
+class Wire:
+    """Counts what is sent; everything arrives at once."""
+
+    def __init__(self) -> None:
+        self.sent = 0
+
+    def send(self, message: Tensor, to: int) -> Wire:
+        """Begin to send."""
+        self.sent += 1
+        return self
+
+    def wait(self) -> None:
+        """It has arrived."""
+
+
+def sends_just(wire: Wire, pieces: int) -> bool:
+    """Whether so many pieces leave, and then no more."""
+    deadline = time.monotonic() + 30
+    while wire.sent < pieces and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    return wire.sent == pieces
+
+
+def test_state_makes_way_for_gradients_and_yet_arrives_within_some_steps() -> None:
+    wire = Wire()
+    state = [torch.zeros(32 << 20)]  # 128 MiB: 32 pieces of 4
+    giving = Giving(cast(Group, wire), state, Roles(0, [0], [1], []), 0)
+    giving.make_way()
+    giving.begin()
+    assert sends_just(wire, 4), "an eighth of them whatever is on the wires"
+    giving.go_on()
+    assert sends_just(wire, 32), "nothing is on the wires: everything leaves"
+
+
+def test_state_that_never_finds_the_wires_free_takes_eight_steps() -> None:
+    wire = Wire()
+    giving = Giving(cast(Group, wire), [torch.zeros(32 << 20)], Roles(0, [0], [1], []), 0)
+    giving.make_way()
+    giving.begin()
+    for step in range(1, 9):
+        assert sends_just(wire, 4 * step)
+        giving.make_way()

@@ -34,6 +34,8 @@ from shoal.wire.checksum import NUM_BYTES, check, checksum
 from shoal.wire.groups import Group, World, failures_as_lost_peers
 
 _PIECE_BYTES = 4 << 20
+_MOST_STEPS = 8
+"""While a state travels its taker keeps each step's gradients, and later takes all those steps at once."""
 _NOTHING = -1
 
 
@@ -223,7 +225,11 @@ def tell(world: World, text: bytes | None, teller: int) -> bytes:
 
 
 class Giving:
-    """One giver's part of the state."""
+    """One giver's part of the state.
+
+    In the background it makes way for training: pieces leave while no gradients are on the wires, and besides as many
+    a step as it takes to be done in `_MOST_STEPS`.
+    """
 
     def __init__(self, group: Group, tensors: list[Tensor], part: Roles, rank: int) -> None:
         self._group = group
@@ -231,6 +237,9 @@ class Giving:
         self._part = part
         self._index = part.givers.index(rank)
         self._copied = threading.Event()
+        self._changed = threading.Condition()
+        self._is_exchanging = False
+        self._overdue = 0  # so many pieces leave whatever is on the wires
 
     def give(self) -> None:
         """Send it; the tensors do not change meanwhile."""
@@ -243,6 +252,19 @@ class Giving:
     def before_update(self) -> None:
         """Wait until it is copied: from then on the tensors may change."""
         self._copied.wait()
+
+    def make_way(self) -> None:
+        """From now on gradients are on the wires."""
+        with self._changed:
+            self._is_exchanging = True
+            self._overdue += -(-sum(1 for _ in self._pieces()) // _MOST_STEPS)
+            self._changed.notify_all()
+
+    def go_on(self) -> None:
+        """All gradients have arrived, or never will."""
+        with self._changed:
+            self._is_exchanging = False
+            self._changed.notify_all()
 
     def _copy_and_send(self) -> None:
         try:
@@ -262,7 +284,8 @@ class Giving:
 
     def _send(self, pieces: Iterator[range], memories: list[Tensor], start: int) -> None:
         under_way: list[Any] = []
-        for piece in pieces:
+        for number, piece in enumerate(pieces):
+            self._wait_for_way(number)
             message = torch.empty(len(piece) + NUM_BYTES, dtype=torch.uint8)
             _copy(memories, range(piece.start - start, piece.stop - start), message, into=False)
             message[len(piece) :] = checksum(message[: len(piece)])
@@ -272,6 +295,10 @@ class Giving:
             under_way = sent
         for _, work in under_way:
             work.wait()
+
+    def _wait_for_way(self, number: int) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._is_exchanging or number < self._overdue)
 
 
 class Taking:

@@ -70,6 +70,8 @@ class Stepper:
         crew.computation.backward(batch, crew.exchange, self._ballot)
         crew.stopwatch.stop()
         verdict = crew.exchange.finish()
+        if crew.giving is not None:
+            crew.giving.go_on()
         if verdict.short_ranks:
             self._give_up(batch, verdict)
             return verdict
@@ -114,6 +116,8 @@ class Stepper:
     def drop(self) -> None:
         """The step at hand did not commit: nothing of it stays."""
         self._crew.patience.end()
+        if self._crew.giving is not None:
+            self._crew.giving.go_on()
         if self._buffers is not None:
             self._buffers.undo()
 
@@ -182,6 +186,8 @@ class Stepper:
     def _ballot(self) -> Ballot:
         crew, cold = self._crew, self._newcomer is not None
         crew.patience.end()
+        if crew.giving is not None:
+            crew.giving.make_way()
         due = crew.cadence is not None and crew.cadence.is_due(self.progress.step + 1)
         return Ballot(
             stop=self.wants_to_stop(),
