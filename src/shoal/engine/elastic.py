@@ -38,6 +38,7 @@ from shoal.engine.exchange.gradients import GradientExchange
 from shoal.engine.experience import Experience
 from shoal.engine.farewell import save_alone
 from shoal.engine.following import COORDINATOR, Following
+from shoal.engine.garbage import spare_what_lasts
 from shoal.engine.handover import Outcome, hand_over, tell
 from shoal.engine.loop import TURN, Loop
 from shoal.engine.newcomer import Newcomer
@@ -137,6 +138,7 @@ class _ElasticRank:
         self._node = here.nodes[0]
         limit_s = self._plan.elastic.stuck_after_s
         self._patience: Watch = Patience(limit_s, self._end_stuck) if limit_s else Endless()
+        spare_what_lasts()
         self.views = Following(start, self._plan, self._target, self._device, self._node, env)
 
     def train(self) -> None:

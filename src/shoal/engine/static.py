@@ -13,6 +13,7 @@ from shoal.engine.assemble import assemble, divide_as_planned, keep_cadence
 from shoal.engine.checkpoint.archive import Archive
 from shoal.engine.checkpoint.session import CheckpointSession
 from shoal.engine.experience import Experience
+from shoal.engine.garbage import spare_what_lasts
 from shoal.engine.layout.replica import Replica
 from shoal.engine.loop import Loop
 from shoal.engine.progress import Progress
@@ -60,6 +61,7 @@ def work(start: Start) -> None:
     loop = _assemble(context, job, start)
     if _is_roomy(loop.parts.replica, topology):
         keep_large_blocks()
+    spare_what_lasts()
     announce(context, loop)
     if topology.rank == 0:
         explain_layout(context, loop.parts)
