@@ -156,6 +156,7 @@ def test_at_their_own_pace_ranks_lease_again_what_nobody_has_learned_from_the_lo
     assert final_state(run)["progress"]["samples"] == 4800
 
 
+@pytest.mark.slow
 def test_under_a_codec_neighbours_begin_anew_to_tell_each_other_and_stay_close(tmp_path: Path) -> None:
     (tmp_path / "seen").mkdir()
     given = [
@@ -178,7 +179,8 @@ def test_under_a_codec_neighbours_begin_anew_to_tell_each_other_and_stay_close(t
     assert losses["struck"] < losses["calm"] + 0.1 * (first - losses["calm"])
 
 
-@pytest.mark.parametrize("mode", [pytest.param("synchronous", marks=pytest.mark.slow), "asynchronous"])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["synchronous", "asynchronous"])
 def test_who_froze_comes_back_as_a_newcomer_and_who_is_taken_away_leaves_nothing_behind(
     mode: str, tmp_path: Path
 ) -> None:

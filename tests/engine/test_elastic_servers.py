@@ -122,6 +122,7 @@ def test_async_goes_on_without_a_lost_worker_and_leases_again_what_the_servers_d
     assert final_state(run)["progress"]["samples"] == 4800
 
 
+@pytest.mark.slow
 def test_a_server_and_then_a_worker_are_lost_and_training_goes_on(tmp_path: Path) -> None:
     (tmp_path / "seen").mkdir()
     given = [
@@ -145,6 +146,7 @@ def test_a_server_and_then_a_worker_are_lost_and_training_goes_on(tmp_path: Path
     assert final_state(handle.run)["progress"]["samples"] == 3840
 
 
+@pytest.mark.slow
 def test_killed_all_at_once_the_servers_go_on_from_a_checkpoint_with_their_optimizers(tmp_path: Path) -> None:
     sync = 'kind = "parameter_server"\nmode = "bsp"\nservers = 2'
     given = [*plan(tmp_path, sync, more="[checkpoint]\nevery = 7"), "--nodes", "2"]

@@ -89,9 +89,9 @@ def assert_trains_as_one_process(nodes: str, target: str, plan: str, folder: Pat
     ("nodes", "layout", "batch"),
     [
         ("aa", "shard = 2", ""),
-        ("aaa", "shard = 3", "accumulate = 2"),
+        pytest.param("aaa", "shard = 3", "accumulate = 2", marks=pytest.mark.slow),
         ("aabb", "shard = 2", "shares = [3, 1, 2, 2]"),
-        ("aaaa", "shard = 2", "accumulate = 3"),
+        pytest.param("aaaa", "shard = 2", "accumulate = 3", marks=pytest.mark.slow),
     ],
 )
 def test_awkward_parameters_train_sharded_as_in_one_process(
@@ -103,13 +103,13 @@ def test_awkward_parameters_train_sharded_as_in_one_process(
 @pytest.mark.parametrize(
     ("nodes", "layout"),
     [
-        ("aa", "shard = 2"),
+        pytest.param("aa", "shard = 2", marks=pytest.mark.slow),
         ("aa", "shard = 2\nrecompute = true\nkeep_gathered = true"),
         ("aa", "pipeline = 2"),
         ("ab", "pipeline = 2\nschedule = 'gpipe'\nmicro_batches = 3"),
         ("aa", "pipeline = 2\nstages = 2\nschedule = 'interleaved'"),
         ("aa", "pipeline = 2\nstages = 2\nschedule = 'zero_bubble'"),
-        ("aaaa", "pipeline = 2\nshard = 2"),
+        pytest.param("aaaa", "pipeline = 2\nshard = 2", marks=pytest.mark.slow),
         ("aaaa", "pipeline = 2\nshard = 2\nmicro_batches = 3\nschedule = 'gpipe'"),
         ("aaaa", "pipeline = 2\nstages = 2\nshard = 2\nschedule = 'interleaved'"),
         ("aabb", "pipeline = 2\nreplicate = 2"),
@@ -117,10 +117,10 @@ def test_awkward_parameters_train_sharded_as_in_one_process(
         ("aaaa", "shard = 2\ntensor = 2\ndefer_above = 20"),
         ("aaaa", "shard = 2\npipeline = 2\ndefer_above = 20"),
         ("aa", "shard = 2\ndefer_above = 0"),
-        ("aaaa", "tensor = 2\nshard = 2"),
+        pytest.param("aaaa", "tensor = 2\nshard = 2", marks=pytest.mark.slow),
         ("aabb", "tensor = 2\npipeline = 2"),
         ("aaaaaaaa", "tensor = 2\nshard = 2\npipeline = 2"),
-        ("aaaabbbb", "replicate = 2\nshard = 2\npipeline = 2\nrecompute = true"),
+        pytest.param("aaaabbbb", "replicate = 2\nshard = 2\npipeline = 2\nrecompute = true", marks=pytest.mark.slow),
     ],
 )
 def test_blocks_train_divided_as_in_one_process(nodes: str, layout: str, tmp_path: Path) -> None:
@@ -139,7 +139,9 @@ def test_the_tensor_axis_divides_what_the_table_names(tmp_path: Path) -> None:
     assert "embed (embed's dimension of 13 does not divide into 2)" in layout["sentences"][-1]
 
 
-@pytest.mark.parametrize(("layout", "nodes"), [("tensor = 2", "aa"), ("tensor = 2\nshard = 2", "aaaa")])
+@pytest.mark.parametrize(
+    ("layout", "nodes"), [pytest.param("tensor = 2", "aa", marks=pytest.mark.slow), ("tensor = 2\nshard = 2", "aaaa")]
+)
 def test_encoder_layers_and_large_embeddings_are_divided(layout: str, nodes: str, tmp_path: Path) -> None:
     target = BLOCKS.replace(":job", ":encoder")
     assert_trains_as_one_process(nodes, target, plan_text(layout), tmp_path / "run")
@@ -152,7 +154,7 @@ def test_encoder_layers_and_large_embeddings_are_divided(layout: str, nodes: str
     [
         ("shard = 2", "pipeline = 2", "aa"),
         ("tensor = 2\nshard = 2", "replicate = 4", "aaaa"),
-        ("replicate = 2", "tensor = 2", "aa"),
+        pytest.param("replicate = 2", "tensor = 2", "aa", marks=pytest.mark.slow),
         ("pipeline = 2\nshard = 2", "shard = 3", "aaa"),
     ],
 )
