@@ -296,6 +296,15 @@ def test_a_torn_last_line_is_forgotten_and_any_other_damage_is_told(tmp_path: Pa
         Journal(path)
 
 
+def test_a_launchers_stop_reaches_every_member(tmp_path: Path) -> None:
+    heard: list[str] = []
+    with coordinator(tmp_path) as running, members(running, 3, on_stop=lambda: heard.append("stop")) as here:
+        enter(*here, epoch=1)
+        assert ask(running.address, {"ask": "stop"}, token=TOKEN) == {}
+        until(lambda: heard == ["stop"] * 3)
+        assert running.status()["state"] == "running", "whether it stops, and when, is the members' to agree on"
+
+
 def test_with_a_certificate_only_who_trusts_it_talks(tmp_path: Path) -> None:
     for name in ("server", "stranger"):
         command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]

@@ -7,7 +7,7 @@ from shoal.cluster.roster import Attendee, Roster
 from shoal.cluster.transition import Transition
 
 Waiting = tuple[str, int, int]
-"""A reason, how many members there are, how many are needed."""
+"""A reason, how many members there are, how many are needed (0: it is not that they are too few)."""
 
 
 def first_members(roster: Roster, rules: Rules, *, late: bool) -> list[Attendee] | None:
@@ -62,5 +62,5 @@ def waits_for(attendee: Attendee, roster: Roster, at_hand: Transition, rules: Ru
     if attendee.leaving:
         return None
     if len(at_hand.current) >= rules.max_nodes:
-        return "all places are taken", num_living, rules.max_nodes
+        return f"all places are taken ({rules.max_nodes})", num_living, 0
     return f"waiting until view {at_hand.epoch} is entered by all", num_living, rules.max_nodes

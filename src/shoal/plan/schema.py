@@ -118,6 +118,10 @@ class ElasticConfig:
         restarts: how often the launcher starts a worker again in the place of one that died.
         leave_out_slower_than: a worker that is lastingly slower than the usual one by this factor leaves; 0: none does.
         notice_s: after SIGTERM a worker hands over and leaves, within so long in any case.
+        tls_certificate: the coordinator's certificate chain (PEM), on the machine where `shoal train` runs; default:
+            members talk to it without TLS.
+        tls_key: its private key (PEM, without a passphrase).
+        tls_authority: the certificate (PEM) that vouches for `tls_certificate`; default: that itself.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -127,6 +131,9 @@ class ElasticConfig:
     lease_s: Annotated[float, Field(gt=0, le=3600)] = 3.0
     restarts: Count = 0
     leave_out_slower_than: Annotated[float, Field(ge=0)] = 0.0
+    tls_certificate: str | None = None
+    tls_key: str | None = None
+    tls_authority: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
