@@ -224,7 +224,7 @@ def test_questions_need_the_token_too(tmp_path: Path) -> None:
     with coordinator(tmp_path) as running:
         with pytest.raises(CoordinatorError, match="token"):
             ask(running.address, {"ask": "status"}, token="wrong")
-        with pytest.raises(CoordinatorError, match="expected 'status' or 'ended'"):
+        with pytest.raises(CoordinatorError, match="expected 'status', 'ended' or 'stop'"):
             ask(running.address, {"ask": "weather"}, token=TOKEN)
 
 
