@@ -154,7 +154,8 @@ class Joining:
             guest.ended = "finished"
         elif code == 0 or asked_too_early:
             guest.ended = "left"
-            self._notice(f"seat {guest.seat} has left after step {guest.step}; the others go on")
+            others = "; the others go on" if self._interrupts else ""  # else it may be that training ended meanwhile
+            self._notice(f"seat {guest.seat} has left after step {guest.step}{others}")
         else:
             guest.ended = "failed"
             guest.message = guest.message or f"its process ended with {code}; see {log_of(self._run, guest.seat)}"
