@@ -25,7 +25,7 @@ from test_elastic import (
 )
 
 from certificates import make_certificate
-from command_line import Ended, Training, joining, training
+from command_line import Ended, Training, joining, train, training
 from shoal.cli.main import main
 from shoal.cluster.description import parse_lab
 from shoal.cluster.invitation import Invitation, read_invitation, write_invitation
@@ -287,6 +287,18 @@ def test_what_nobody_could_join_is_refused_before_there_is_a_run(
         main()
     assert told in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(not HAS_OPENSSL, reason="certificates are made with openssl")
+def test_a_certificate_for_another_address_is_told_before_any_worker_starts(tmp_path: Path) -> None:
+    """Workers would ask for ever to be let in."""
+    make_certificate(tmp_path / "c.pem", tmp_path / "c.key", address="192.0.2.1")
+    tls = f'tls_certificate = "{tmp_path / "c.pem"}"\ntls_key = "{tmp_path / "c.key"}"'
+    ended = train(REFERENCE, tmp_path / "run", *plan(tmp_path, elastic=tls), "--nodes", "2", "--steps", "1")
+    assert ended.code == 1
+    assert "subjectAltName = IP:127.0.0.1" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert [path.name for path in (tmp_path / "run" / "events").iterdir()] == ["launcher.jsonl"]
 
 
 @pytest.mark.slow
