@@ -1,4 +1,4 @@
-"""`shoal train` as a person starts it: a process of its own, watched through its event log."""
+"""`shoal train` and `shoal join` as a person starts them: processes of their own, watched through their event log."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from shoal.events import Event, read_events
 from shoal.run import Run
 
 PATIENCE_S = 90.0
+_SHOAL = (sys.executable, "-m", "shoal.cli.main")
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Ended:
 
 
 class Training:
-    """One `shoal train` that runs beside the test."""
+    """One `shoal train` or `shoal join` that runs beside the test."""
 
     def __init__(self, process: subprocess.Popen[str], run: Run) -> None:
         self._process = process
@@ -107,7 +108,19 @@ def training(
     """Start `shoal train JOB --run RUN OPTIONS`, without end if no limit is given, and kill what is left of it."""
     bounded = {"--steps", "--epochs", "--seconds", "--until", "--resume"} & set(options)
     endless = [] if bounded else ["--epochs", "1000000"]
-    command = [*prefix, sys.executable, "-m", "shoal.cli.main", "train", job, "--run", str(run), *options, *endless]
+    with _started(run, [*prefix, *_SHOAL, "train", job, "--run", str(run), *options, *endless], env) as handle:
+        yield handle
+
+
+@contextlib.contextmanager
+def joining(run: Path, *options: str, prefix: Sequence[str] = ()) -> Iterator[Training]:
+    """Start `shoal join RUN OPTIONS`, and kill what is left of it."""
+    with _started(run, [*prefix, *_SHOAL, "join", str(run), *options]) as handle:
+        yield handle
+
+
+@contextlib.contextmanager
+def _started(run: Path, command: Sequence[str], env: dict[str, str] | None = None) -> Iterator[Training]:
     process = subprocess.Popen(
         command,
         env={**os.environ, **(env or {})},

@@ -136,14 +136,16 @@ class EventLog:
 class EventReader:
     """Follows every event file of a folder: each `poll` returns what is new since the last."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, names: str = "*.jsonl") -> None:
+        """`names`: a pattern of the files to follow."""
         self._folder = folder
+        self._names = names
         self._offsets: dict[Path, int] = {}
 
     def poll(self) -> list[Event]:
         """Return the whole new lines of all files, ordered by time; a line still being written waits."""
         events: list[Event] = []
-        for path in sorted(self._folder.glob("*.jsonl")):
+        for path in sorted(self._folder.glob(self._names)):
             with path.open("rb") as file:
                 file.seek(self._offsets.get(path, 0))
                 data = file.read()

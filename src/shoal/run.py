@@ -6,6 +6,8 @@ runs/charlm-20260102-030405/
     events/          one JSON-lines file a process; see events.py
     logs/            what each worker printed
     checkpoints/     step-00000100/, ...; see engine/checkpoint
+    coordinator/     of an elastic run, for its owner only: views-ID.jsonl, its log; invitation.json, what a worker
+                     needs to join; seats-ID/, the seats that were given out
     report.html      made by `shoal report`
 """
 
@@ -59,6 +61,11 @@ class Run:
     def curve(self) -> Path:
         """The loss curve as a picture."""
         return self.path / "loss.png"
+
+    @property
+    def coordinator(self) -> Path:
+        """The folder of an elastic run's coordinator: its log, and what lets members in. Only its owner may look."""
+        return self.path / "coordinator"
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
@@ -133,10 +140,14 @@ def open_run(path: Path | None, job_name: str, *, resume: bool) -> Run:
     return run
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Replace `path` by `data` so that a crash leaves either the old file or the new one, whole."""
+def write_atomic(path: Path, data: bytes, *, mode: int = 0o666) -> None:
+    """Replace `path` by `data` so that a crash leaves either the old file or the new one, whole.
+
+    `mode`: who may read and write it, less what the process's umask takes away.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
+    temporary.unlink(missing_ok=True)  # of a process that died: it might have another mode
+    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

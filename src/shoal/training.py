@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import secrets
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -37,6 +38,8 @@ from shoal.plan import (
     with_flags,
 )
 from shoal.run import Run, open_run, write_atomic
+from shoal.wire.addresses import is_loopback, on_network_of
+from shoal.wire.tls import tls_of
 
 
 class Limits(TypedDict, total=False):
@@ -57,6 +60,7 @@ class Where:
         on: "local" (processes on this machine) or "lab" (an emulated network on this machine).
         lab: the lab's description, e.g. "nodes=4,link=100mbit,cpu=0.5", or a cluster.toml.
         port: where rank 0 listens, on local; 0 takes a free one.
+        address: this machine's IPv4 address at which the run's processes listen, on local; None is loopback.
         faults: a file of failures to rehearse.
         bounds: `min_nodes` and `max_nodes` of `[elastic]`, over what the plan says.
     """
@@ -65,6 +69,7 @@ class Where:
     on: str = "local"
     lab: str | None = None
     port: int = 0
+    address: str | None = None
     faults: Path | None = None
     bounds: Mapping[str, int] = field(default_factory=dict)
 
@@ -165,6 +170,11 @@ def _launch(
         fold(read_events(run.events), history)
     with _seating(where, cluster, world_size) as (seating, lab):
         if membership is not None:
+            if where.address and not is_loopback(where.address) and membership.tls is None:
+                notice(
+                    f"warning: who listens on the network of {where.address} can read the token that lets workers "
+                    "join; elastic.tls_certificate and tls_key encrypt it"
+                )
             ElasticSupervisor(
                 seating, run, membership, resume=resume, watch=watch, notice=notice, faults=faults, lab=lab
             ).run_to_the_end()
@@ -178,6 +188,10 @@ def _cluster(where: Where) -> Cluster | None:
         raise UsageError(f"--on got {where.on!r}, expected local or lab")
     if where.nodes is not None and where.nodes < 1:
         raise UsageError(f"--nodes got {where.nodes}, expected at least 1")
+    if where.address is not None:
+        if where.on == "lab":
+            raise UsageError("--address is for runs on real machines; the lab's nodes have addresses of their own")
+        on_network_of(where.address)
     if where.on == "local":
         if where.lab is not None:
             raise UsageError("--lab describes an emulated cluster, but --on is local; add --on lab")
@@ -188,6 +202,11 @@ def _cluster(where: Where) -> Cluster | None:
 
 def _check_nodes(where: Where, cluster: Cluster | None, plan: Plan) -> None:
     """Nodes of a lab may be left over for those who join later, if anybody can join."""
+    if cluster is not None and plan.elastic.tls_certificate is not None:
+        raise UsageError(
+            "elastic.tls_certificate is for runs on real machines, and the lab's network is this machine's own; leave "
+            "it out"
+        )
     if cluster is None or where.nodes is None or where.nodes == len(cluster.nodes):
         return
     if where.nodes > len(cluster.nodes) or not plan.elastic.min_nodes:
@@ -237,6 +256,7 @@ def _membership(plan: Plan, world_size: int) -> Membership:
         lease_s=elastic.lease_s,
         restarts=elastic.restarts,
         servers=num_servers(plan),
+        tls=tls_of(elastic.tls_certificate, elastic.tls_key, elastic.tls_authority),
     )
 
 
@@ -283,7 +303,8 @@ def _store(run: Run, target: Target, plan: Plan) -> None:
 @contextlib.contextmanager
 def _seating(where: Where, cluster: Cluster | None, world_size: int) -> Iterator[tuple[Seating, Lab | None]]:
     if cluster is None:
-        yield local.seating(world_size, where.port), None
+        here = {"address": where.address, "node": os.uname().nodename} if where.address else {}
+        yield local.seating(world_size, where.port, **here), None
         return
     with Lab(cluster) as lab:
         yield lab.seating(), lab

@@ -224,7 +224,7 @@ def test_questions_need_the_token_too(tmp_path: Path) -> None:
     with coordinator(tmp_path) as running:
         with pytest.raises(CoordinatorError, match="token"):
             ask(running.address, {"ask": "status"}, token="wrong")
-        with pytest.raises(CoordinatorError, match="expected 'status' or 'ended'"):
+        with pytest.raises(CoordinatorError, match="expected 'status', 'ended' or 'stop'"):
             ask(running.address, {"ask": "weather"}, token=TOKEN)
 
 
@@ -294,6 +294,15 @@ def test_a_torn_last_line_is_forgotten_and_any_other_damage_is_told(tmp_path: Pa
     path.write_bytes(b'{"kind"\n{"kind":"b"}\n')
     with pytest.raises(CoordinatorError, match=":1: the coordinator's log is damaged"):
         Journal(path)
+
+
+def test_a_launchers_stop_reaches_every_member(tmp_path: Path) -> None:
+    heard: list[str] = []
+    with coordinator(tmp_path) as running, members(running, 3, on_stop=lambda: heard.append("stop")) as here:
+        enter(*here, epoch=1)
+        assert ask(running.address, {"ask": "stop"}, token=TOKEN) == {}
+        until(lambda: heard == ["stop"] * 3)
+        assert running.status()["state"] == "running", "whether it stops, and when, is the members' to agree on"
 
 
 def test_with_a_certificate_only_who_trusts_it_talks(tmp_path: Path) -> None:

@@ -56,6 +56,37 @@ def test_a_resume_forgets_at_once_what_the_model_has_lost() -> None:
     assert history.validations == []
 
 
+def _view(t: float, rank: int, epoch: int, seats: list[int]) -> dict:
+    cause = "start" if epoch == 1 else "somebody joins"
+    fields = {"epoch": epoch, "rank": rank, "seats": seats, "cause": cause, "planned": epoch > 1, "step": 0}
+    return event(t, f"rank-{rank}", "view", **fields)
+
+
+def test_an_attempts_first_view_is_told_before_its_beginning_and_counts() -> None:
+    """Each worker tells of its first view, and then that it begins; the others' may come in between, or not."""
+    first = [_view(999.0, 0, 1, [0, 1]), started(999.1, 0, 2), _view(999.2, 1, 1, [0, 1]), started(999.3, 1, 2)]
+    both = [_view(999.0, 0, 1, [0, 1]), _view(999.0, 1, 1, [0, 1]), started(999.1, 0, 2), started(999.3, 1, 2)]
+    for events in (first, both):
+        history = fold([*events, _view(1001.0, 0, 2, [0, 1, 2])])
+        assert [view.seats for view in history.members.views.values()] == [[0, 1], [0, 1, 2]]
+        assert len(history.members.lines()) == 1
+        again = [{**one, "t": one["t"] + 1000, "attempt": "second"} for one in events]
+        fold(again, history)
+        assert [view.seats for view in history.members.views.values()] == [[0, 1]]
+
+
+def test_who_never_came_in_is_told_and_fails_no_run() -> None:
+    """Whoever asks to join an elastic run may be refused: no matter of those who train."""
+    views = [_view(999.0 + 0.01 * rank, rank, 1, [0, 1]) for rank in range(2)]
+    refused = event(1000.2, "rank-2", "error", error="CoordinatorError", message="its code is another", symptom=False)
+    history = fold([*views, *training(1, 3), refused])
+    assert history.failures == []
+    assert history.state == "unfinished"
+    assert [note.message for note in history.warnings] == ["rank 2 did not come in: its code is another"]
+    member = {**refused, "source": "rank-1", "t": 1000.3}
+    assert fold([member], history).state == "failed"
+
+
 def test_seconds_leave_out_the_time_in_which_the_run_was_dead() -> None:
     history = fold(resumed_run())
     assert history.seconds == pytest.approx(12 * STEP_S + 10 * STEP_S + 0.5)

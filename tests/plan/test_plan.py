@@ -121,6 +121,21 @@ def test_every_field_changes_the_hash() -> None:
     assert all(len(name) == 12 for name in hashes)
 
 
+@pytest.mark.parametrize(
+    ("elastic", "told"),
+    [
+        ('tls_certificate = "a.pem"', "elastic.tls_certificate is set without elastic.tls_key"),
+        ('tls_key = "a.key"', "elastic.tls_key is set without elastic.tls_certificate"),
+        ('tls_authority = "a.pem"', "elastic.tls_authority is set without elastic.tls_certificate"),
+        ('tls_certificate = "a.pem"\ntls_key = "a.key"\nmin_nodes = 0', "there is no coordinator"),
+    ],
+)
+def test_half_a_certificate_is_refused(elastic: str, told: str) -> None:
+    text = elastic if "min_nodes" in elastic else f"min_nodes = 1\n{elastic}"
+    with pytest.raises(PlanError, match=told):
+        resolve_plan(read(f"[elastic]\n{text}"), 2)
+
+
 def test_the_hash_is_the_same_in_every_process_and_version() -> None:
     # A run is named by it: a change of this value means that old runs cannot be joined or compared by name any more.
     assert plan_hash(Plan(batch=BatchConfig(size=8))) == plan_hash(read("[batch]\nsize = 8"))

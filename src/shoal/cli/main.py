@@ -15,6 +15,7 @@ from shoal.errors import ShoalError, nearest
 COMMANDS: Mapping[str, str] = MappingProxyType(
     {
         "train": "Train a job.",
+        "join": "Train along in an elastic run that goes on elsewhere.",
         "price": "Say what a plan would send, without a run.",
         "secrets": "Make keys for parameter servers.",
         "export": "Write a run's model as one file.",

@@ -30,7 +30,8 @@ from shoal.training import Limits, Result, Where, execute
 @click.option("--epochs", type=int, help="Stop after so many epochs.")
 @click.option("--seconds", type=float, help="Stop after so many seconds of training.")
 @click.option("--until", metavar="CONDITION", help="Stop when validation reaches it, e.g. 'val_loss<=1.9'.")
-@click.option("--port", type=int, default=0, help="Where rank 0 listens on loopback; default: a free port.")
+@click.option("--port", type=int, default=0, help="Where rank 0 listens; default: a free port.")
+@click.option("--address", help="This machine's address for workers of others, which `shoal join`; default: loopback.")
 @click.option("--min-nodes", type=int, help="Go on as long as so many workers live, instead of ending with the first.")
 @click.option("--max-nodes", type=int, help="Let workers join, up to so many.")
 @click.option("--faults", type=click.Path(path_type=Path), help="Failures to rehearse, from a faults.toml.")
@@ -49,7 +50,7 @@ def train(
     bounds = _given(options, "min_nodes", "max_nodes")
     console = Console(stderr=True)
     target = resolve(job, settings)
-    where = Where(**_given(options, "nodes", "on", "lab", "port", "faults"), bounds=bounds)
+    where = Where(**_given(options, "nodes", "on", "lab", "port", "address", "faults"), bounds=bounds)
     with LiveProgress(console) as progress:
         result = execute(
             target,

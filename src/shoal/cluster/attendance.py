@@ -60,6 +60,7 @@ class Attendance:
         hello: Hello,
         lease_s: float,
         on_view: Callable[[View], None] = _ignore,
+        on_stop: Callable[[], None] = _ignore,
         log: Log = _ignore,
         authority: Path | None = None,
     ) -> None:
@@ -69,6 +70,7 @@ class Attendance:
             address: the coordinator's `HOST:PORT`; it need not be there yet.
             lease_s: as the coordinator's rules say; a beat is sent four times in that time.
             on_view: called on our thread as soon as a new view arrives; must be quick.
+            on_stop: called on our thread when training is to end after the step at hand; must be quick.
             log: given `coordinator_found` (seat, epoch, away_s) and `coordinator_lost` (message).
             authority: see `ControlClient`.
 
@@ -80,6 +82,7 @@ class Attendance:
         # After a restart of the coordinator we have one lease to come back in.
         self._longest_pause_s = min(_LONGEST_PAUSE_S, lease_s / 8)
         self._on_view = on_view
+        self._on_stop = on_stop
         self._log = log
         self._connect = functools.partial(ControlClient, address, token=token, authority=authority)
         self._client = self._connect()
@@ -278,6 +281,8 @@ class Attendance:
                     self.waiting = reason + _counted(document)
                 case {"kind": "view", "view": plain}:
                     view = self._newer(View.from_plain(plain))
+                case {"kind": "stop"}:
+                    self._on_stop()
                 case {"kind": "end", "reason": str(reason), "failed": bool(failed)}:
                     self._end = RunEnded(reason, failed=failed)
                 case _:

@@ -32,6 +32,7 @@ from shoal.cluster.membership_events import (
     Record,
     Rules,
     Send,
+    StopAsked,
     Tick,
     event_of,
 )
@@ -39,7 +40,8 @@ from shoal.cluster.views import Document, checked
 from shoal.errors import CoordinatorError, ShoalError
 from shoal.run import write_atomic
 from shoal.strict_toml import STRICT
-from shoal.wire.control import ControlServer, ServerTls, Stream
+from shoal.wire.control import ControlServer, Stream
+from shoal.wire.tls import ServerTls
 
 _TICKS_A_LEASE = 50
 _STDIN = 0
@@ -94,7 +96,7 @@ class Coordinator:
         address = self._server.bind(config.listen, tls=tls)
         self._membership.restore(self._journal.records, time.monotonic())  # from here on members can come back
         await self._server.start()
-        write_atomic(Path(config.address_file), json.dumps({"address": address}).encode())
+        write_atomic(Path(config.address_file), json.dumps({"address": address}).encode(), mode=0o600)
         try:
             while not self._failure.done():
                 self._take(Tick())
@@ -137,8 +139,11 @@ class Coordinator:
             case "ended":
                 self._take(checked(Ended, document, what="'ended'"))
                 return {}
+            case "stop":
+                self._take(StopAsked())
+                return {}
             case other:
-                raise CoordinatorError(f"got the question {other!r}, expected 'status' or 'ended'")
+                raise CoordinatorError(f"got the question {other!r}, expected 'status', 'ended' or 'stop'")
 
     def _take(self, event: Event) -> None:
         """Note what happened; what happens in the same moment is decided on together."""

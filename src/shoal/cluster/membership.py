@@ -33,6 +33,7 @@ from shoal.cluster.membership_events import (
     Record,
     Rules,
     Send,
+    StopAsked,
     Tick,
 )
 from shoal.cluster.roster import Attendee, Roster
@@ -111,6 +112,8 @@ class Membership:
                 if gone is not None and self._roster.get(gone):
                     self._depart(gone, how)
                     self._out.append(Close(gone))
+            case StopAsked():
+                self._out.extend(Send(a.member, {"kind": "stop"}) for a in self._roster if a.attached)
             case Arrived():
                 self._arrive(event, now)
             case MemberEvent():

@@ -9,6 +9,7 @@ Members' events are documents on the wire: `event_of` reads one, and refuses wha
 | refused | reason; the stream then closes, and asking again will not help |
 | waiting | reason, have, need: numbers of members |
 | view | view |
+| stop | : training is to end after the step at hand, with all that an end has |
 | end | reason, failed |
 """
 
@@ -151,7 +152,12 @@ class Tick:
     """Time has passed."""
 
 
-Event = MemberEvent | Disconnected | Ended | Tick
+@dataclass(frozen=True, kw_only=True)
+class StopAsked:
+    """A person wants training to end after the step at hand."""
+
+
+Event = MemberEvent | Disconnected | Ended | Tick | StopAsked
 
 FROM_MEMBERS: dict[str, type[MemberEvent]] = {
     "hello": Arrived,

@@ -205,7 +205,9 @@ def _begin_attempt(history: History, event: Event) -> None:
     history.job, history.plan_hash = str(event.get("job") or ""), str(event.get("plan_hash") or "")
     history.reason, history.finished = None, {}
     history.exit_codes, history.failures_before = {}, len(history.failures)
-    history.members = Members()
+    if not history.members.is_ahead:
+        history.members = Members()
+    history.members.is_ahead = False
 
 
 def _on_resumed(history: History, event: Event) -> None:
@@ -311,6 +313,10 @@ def _on_sample(history: History, event: Event) -> None:
 
 
 def _on_error(history: History, event: Event) -> None:
+    rank = _rank_of(event)
+    if rank is not None and history.members.views and not history.members.includes(rank):
+        _warn(history, event, f"rank {rank} did not come in: {event.get('message') or ''}")
+        return
     step = _number(event, "step")
     failure = Failure(
         source=str(event["source"]),
@@ -351,8 +357,11 @@ def _on_run_finished(history: History, event: Event) -> None:
 
 def _on_view(history: History, event: Event) -> None:
     rank = _rank_of(event)
-    if rank is not None:
-        history.members.add(event, rank, history.at(event))
+    if rank is None:
+        return
+    if event.get("epoch") == 1 and rank in history.members.beginners:
+        history.members = Members()  # it begins once more: another attempt
+    history.members.add(event, rank, history.at(event))
 
 
 def _on_worker_exited(history: History, event: Event) -> None:

@@ -25,10 +25,18 @@ class ViewRecord:
 
 @dataclass(slots=True)
 class Members:
-    """All views of a run's latest attempt. `speaker` is the seat of rank 0, whose word counts for the run."""
+    """All views of a run's latest attempt.
+
+    Attributes:
+        speaker: the seat of rank 0, whose word counts for the run.
+        beginners: the seats that told of the first view.
+        is_ahead: the first view has been told of, and the beginning of the attempt has not: each worker tells it after.
+    """
 
     views: dict[int, ViewRecord] = field(default_factory=dict)
     speaker: int = 0
+    beginners: set[int] = field(default_factory=set)
+    is_ahead: bool = False
 
     def add(self, event: Event, seat: int, seconds: float) -> None:
         """Take in a `view` event."""
@@ -43,6 +51,13 @@ class Members:
             view.held_s = max(view.held_s, float(event.get("lost_s") or stood))
         if event.get("rank") == 0 and epoch == max(self.views):
             self.speaker = seat
+        if epoch == 1:
+            self.is_ahead = self.is_ahead or not self.beginners
+            self.beginners.add(seat)
+
+    def includes(self, seat: int) -> bool:
+        """Whether a seat was in any view: what befell one that never came in is no matter of the run's."""
+        return any(seat in view.seats for view in self.views.values())
 
     def lines(self) -> list[str]:
         """A sentence for each change, the latest ones if there were many."""

@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -96,6 +97,7 @@ def node_from(env: Mapping[str, str]) -> str:
 def work(start: Start) -> None:
     """Attend, train through view after view, and leave."""
     keep_large_blocks()
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # until this worker is a member, and has to hand over first
     os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # loader processes are forked, and never talk to the coordinator
     rank = _ElasticRank(start, os.environ)
     try:

@@ -13,6 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -25,10 +26,11 @@ from shoal.engine.start import Start, fingerprint
 from shoal.errors import PeerLostError
 from shoal.job.target import Target
 from shoal.plan import Plan, for_ranks
-from shoal.wire.rendezvous import own_address
+from shoal.wire.addresses import own_address
 from shoal.wire.transport import MemoryPool
 
 COORDINATOR, TOKEN = "SHOAL_COORDINATOR", "SHOAL_TOKEN"
+_AUTHORITY = "SHOAL_AUTHORITY"  # the certificate that vouches for the coordinator; without it there is no TLS
 _WORD_S = 0.5  # how often a rank that waits looks whether there is something to tell
 
 
@@ -52,6 +54,7 @@ class Following:
         self._excluded_from = 0  # the epoch of a view that does without us
         self._lost_at: float | None = None
         self._step = 0
+        self._is_leaving = False
         self.has_stopped = False
         self._coordinator_port = int(env[COORDINATOR].rsplit(":", 1)[1])
         self.pool = MemoryPool()
@@ -70,7 +73,9 @@ class Following:
             ),
             lease_s=plan.elastic.lease_s,
             on_view=self._on_view,
+            on_stop=start.stop_request.set,
             log=start.log.write,
+            authority=Path(env[_AUTHORITY]) if env.get(_AUTHORITY) else None,
         )
         start.stop_request.on_flip = self._damage_next
         signal.signal(signal.SIGTERM, lambda *_: self._hand_in_notice())
@@ -92,7 +97,7 @@ class Following:
                 if self._next is not None:
                     self._current, self._next = self._next, None
                     return self._current
-                if self._excluded_from > epoch:
+                if self._excluded_from > epoch or (self._is_leaving and self._current is None):
                     self._log.write("left", step=self._step)
                     return None
             self.attendance.next_view(epoch, 0.0)  # raises what ended the run
@@ -185,11 +190,15 @@ class Following:
             current.connected.world.damage_next()
 
     def _hand_in_notice(self) -> None:
-        """SIGTERM: this machine is about to be taken away."""
-        alone = self._current is None or len(self._current.view.members) == 1
-        if alone or self.attendance.waiting:
+        """SIGTERM: this machine is about to be taken away.
+
+        Who has been in no view yet only goes: it holds nothing, and a stop would be the whole run's.
+        """
+        current = self._current
+        if current is not None and (len(current.view.members) == 1 or self.attendance.waiting):
             self._start.stop_request.set()
             return
+        self._is_leaving = True
         self.attendance.leaving()
         timer = threading.Timer(self._plan.elastic.notice_s, self._leave_at_once)
         timer.daemon = True

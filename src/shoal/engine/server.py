@@ -31,7 +31,8 @@ from shoal.run import Run
 from shoal.servers import Server, ServerConfig
 from shoal.strategy.codec import make_codec
 from shoal.strategy.sync.parameter_server import ParameterServerConfig
-from shoal.wire.rendezvous import JOIN_TIMEOUT_S, own_address
+from shoal.wire.addresses import own_address
+from shoal.wire.rendezvous import JOIN_TIMEOUT_S
 from shoal.wire.secrets import load_secrets
 
 

@@ -1,36 +1,38 @@
 """Starts workers that come and go, and their coordinator; watches them, and reports their end.
 
 Who is a member is the coordinator's business: here processes are started, and started again where the plan says so.
+Workers that `shoal join` started are others' processes, but this run's members: as long as they train it is not over.
 The run has failed when no worker came to its end.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import secrets
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from shoal.cluster.faults import Fault
+from shoal.cluster.membership_events import Rules
+from shoal.cluster.seats import Seats
 from shoal.cluster.whereabouts import Whereabouts
-from shoal.errors import CoordinatorError
 from shoal.events import Event, EventLog, EventReader
+from shoal.launch.attending import has_finished, start_worker
+from shoal.launch.coordinator import CoordinatorProcess, Serving
 from shoal.launch.failure import explain
 from shoal.launch.injector import Injector
+from shoal.launch.joined import Joined
 from shoal.launch.lab.lab import Lab
 from shoal.launch.placement import Placement, Seating
 from shoal.launch.processes import ask_to_stop, collect, kill_group, open_process, signals, tell
-from shoal.run import Run, write_atomic
+from shoal.run import Run
+from shoal.wire.tls import Tls
 
 _POLL_S = 0.02
 _WATCH_S = 0.1
-_READY_S = 30.0
 _DISK_PATIENCE_S = 60.0
 _GRACE_S = 5.0  # beyond the lease: for workers that do not end although the run has
 
@@ -43,6 +45,7 @@ class Membership:
         nodes: workers to start with.
         restarts: how often a worker that died is started again in its place.
         servers: parameter servers to start beside the workers.
+        tls: by what the coordinator's connections are encrypted.
     """
 
     nodes: int
@@ -51,6 +54,7 @@ class Membership:
     lease_s: float
     restarts: int
     servers: int = 0
+    tls: Tls | None = None
 
 
 @dataclass
@@ -60,16 +64,6 @@ class _Worker:
     process: subprocess.Popen[bytes]
     reported: bool = False
     killed: bool = False
-
-
-@dataclass
-class _Coordinator:
-    """Where it listens, once it does; `token` lets members in."""
-
-    folder: Path
-    token: str = field(default_factory=lambda: secrets.token_hex(16))
-    address: str = ""
-    process: subprocess.Popen[bytes] | None = None
 
 
 class ElasticSupervisor:
@@ -100,7 +94,6 @@ class ElasticSupervisor:
         self.lab = lab
         self._seating = seating
         self._membership = membership
-        self._resume = resume
         self._watch = watch
         self._notice = notice
         self._faults = faults
@@ -108,7 +101,10 @@ class ElasticSupervisor:
         self._servers: list[subprocess.Popen[bytes]] = []
         self._ended_servers: set[int] = set()
         self._whereabouts = Whereabouts(run)
-        self._coordinator = _Coordinator(run.path / "coordinator")
+        self._attempt = str(run.read_info()["id"])
+        self._seats = Seats(run)
+        self._coordinator = CoordinatorProcess(run, seating, self._serving(resume))
+        self._joined = Joined(self._seats, self._coordinator, patience_s=membership.lease_s + _GRACE_S)
         self._failed: dict[int, int] = {}
         self._restarted: dict[int, int] = {}
         self._interrupts = 0
@@ -131,13 +127,14 @@ class ElasticSupervisor:
         ):
             injector = Injector(self._faults, self, log) if self._faults else None
             try:
+                self._take_seats()
                 self._start_coordinator(log)
                 self._start_servers()
                 for placement in self._seating.placements[: self._membership.nodes]:
                     self._start(placement.rank, placement)
                 self._follow(reader, log, injector)
                 self._watch(reader.poll())
-                if not any(worker.process.returncode == 0 and self._has_finished(worker) for worker in self._workers):
+                if not self._came_to_its_end():
                     raise explain(self.run, self._failed, since=self._since)
             finally:
                 if injector is not None:
@@ -187,44 +184,33 @@ class ElasticSupervisor:
         """Start one more worker: on the first placement that has none, else beside others. Returns its seat."""
         taken = {worker.placement.rank for worker in self._latest().values() if worker.process.poll() is None}
         free = [placement for placement in self._seating.placements if placement.rank not in taken]
-        seat = max([len(self._seating.placements) - 1, *(worker.seat for worker in self._workers)]) + 1
-        if free:
-            placement = free[0]
-            if placement.rank not in self._latest():
-                seat = placement.rank
-        else:
-            placement = self._seating.placements[seat % len(self._seating.placements)]
+        is_new = bool(free) and free[0].rank not in self._latest()
+        seat = free[0].rank if is_new else self._seats.take()
+        placement = free[0] if free else self._seating.placements[seat % len(self._seating.placements)]
         self._start(seat, placement)
         return seat
 
+    def _take_seats(self) -> None:
+        """Before anybody else can: those of all placements, and their nodes' names."""
+        for _ in self._seating.placements:
+            self._seats.take()
+        for node in dict.fromkeys(placement.node for placement in self._seating.placements):
+            self._seats.take_node(node)
+
+    def _serving(self, resume: bool) -> Serving:
+        wanted = self._membership
+        rules = Rules(
+            run=self._attempt,
+            expected=wanted.nodes,
+            min_nodes=wanted.min_nodes,
+            max_nodes=wanted.max_nodes,
+            lease_s=wanted.lease_s,
+        )
+        return Serving(rules=rules, resume=resume, tls=wanted.tls)
+
     def _start_coordinator(self, log: EventLog) -> None:
         """Start it, or start it again where it listened before."""
-        known = self._coordinator
-        known.folder.mkdir(mode=0o700, exist_ok=True)
-        address_file = known.folder / "address.json"
-        address_file.unlink(missing_ok=True)
-        listen = known.address or f"{self._seating.coordinator_address}:0"
-        config = {
-            "rules": {
-                "run": str(self.run.read_info()["id"]),
-                "expected": self._membership.nodes,
-                "min_nodes": self._membership.min_nodes,
-                "max_nodes": self._membership.max_nodes,
-                "lease_s": self._membership.lease_s,
-            },
-            "token": known.token,
-            "listen": listen,
-            "log": str(known.folder / f"views-{self.run.read_info()['id']}.jsonl"),
-            "address_file": str(address_file),
-        }
-        path = known.folder / "config.json"
-        path.touch(mode=0o600)
-        write_atomic(path, json.dumps(config).encode())
-        command = [*self._seating.coordinator_prefix, sys.executable, "-m", "shoal.cluster.coordinator", str(path)]
-        env = {**os.environ, "SHOAL_CONTROL": "stdin"}
-        known.process = open_process(command, env, self.run.logs / "coordinator.log")
-        known.address = self._address(address_file, known.process)
-        log.write("coordinator_started", address=known.address)
+        log.write("coordinator_started", address=self._coordinator.start())
 
     def _start_servers(self) -> None:
         for index in range(self._membership.servers):
@@ -243,33 +229,10 @@ class ElasticSupervisor:
                 if server.returncode == 1:
                     raise explain(self.run, {}, since=self._since)
 
-    def _address(self, path: Path, process: subprocess.Popen[bytes]) -> str:
-        deadline = time.monotonic() + _READY_S
-        while time.monotonic() < deadline:
-            if path.exists():
-                return str(json.loads(path.read_bytes())["address"])
-            if process.poll() is not None:
-                said = (self.run.logs / "coordinator.log").read_text(errors="replace").strip().splitlines()
-                raise CoordinatorError(f"the coordinator ended at its start: {said[-1] if said else 'it said nothing'}")
-            time.sleep(0.005)
-        raise CoordinatorError(f"the coordinator did not listen within {_READY_S:.0f} s; see {self.run.logs}")
-
     def _start(self, seat: int, placement: Placement) -> None:
-        env: Mapping[str, str] = {
-            **os.environ,
-            "SHOAL_COORDINATOR": self._coordinator.address,
-            "SHOAL_TOKEN": self._coordinator.token,
-            "SHOAL_SEAT": str(seat),
-            "SHOAL_NODE": placement.node,
-            "SHOAL_NODE_WORKERS": str([other.node for other in self._seating.placements].count(placement.node)),
-            "SHOAL_CONTROL": "stdin",
-            "RANK": str(seat),
-            "PYTHONUNBUFFERED": "1",
-            **placement.env,
-        }
-        command = [*placement.prefix, sys.executable, "-m", "shoal.engine.worker", str(self.run.path)]
-        command += ["--resume"] if self._resume else []
-        process = open_process(command, env, self.run.logs / f"rank-{seat}.log")
+        assert self._coordinator.invitation is not None
+        neighbours = [other.node for other in self._seating.placements].count(placement.node)
+        process = start_worker(self.run, self._coordinator.invitation, seat, placement, neighbours=neighbours)
         self._workers.append(_Worker(seat, placement, process))
         if self._interrupts:
             ask_to_stop(process)
@@ -281,14 +244,14 @@ class ElasticSupervisor:
             for worker in self._workers:
                 if worker.process.poll() is not None and not worker.reported:
                     self._report(worker, log)
-                    if worker.process.returncode == 0 and self._has_finished(worker):
+                    if worker.process.returncode == 0 and self._has_finished(worker.seat):
                         deadline = min(deadline, now + self._membership.lease_s + _GRACE_S)
-            if all(worker.reported for worker in self._workers):
+            alone = all(worker.reported for worker in self._workers)
+            if alone and not self._joined.remain(stop=self._interrupts > 0):
                 return
             if self._interrupts > 1:
                 raise KeyboardInterrupt
-            if self._coordinator.process is not None and self._coordinator.process.poll() is not None:
-                collect(self._coordinator.process)
+            if self._coordinator.is_gone():
                 self._start_coordinator(log)
             if now > deadline:
                 self._kill_workers()
@@ -315,11 +278,17 @@ class ElasticSupervisor:
             self._restarted[seat] = restarted + 1
             self._start(seat, worker.placement)
 
-    def _has_finished(self, worker: _Worker) -> bool:
-        """Whether a worker that ended well came to the end of training, and did not only leave."""
-        path = self.run.events / f"rank-{worker.seat}.jsonl"
-        lines = path.read_bytes().splitlines()[-5:] if path.exists() else []
-        return any(b'"kind":"run_finished"' in line for line in lines)
+    def _came_to_its_end(self) -> bool:
+        """Whether any worker did. Another machine's log may be seen a moment later than its worker's end."""
+        joined = self._joined.seats()
+        seats = joined | {worker.seat for worker in self._workers if worker.process.returncode == 0}
+        deadline = time.monotonic() + (_GRACE_S if joined else 0.0)
+        while not (ended := any(self._has_finished(seat) for seat in seats)) and time.monotonic() < deadline:
+            time.sleep(_WATCH_S)
+        return ended
+
+    def _has_finished(self, seat: int) -> bool:
+        return has_finished(self.run, seat, self._attempt)
 
     def _latest(self) -> dict[int, _Worker]:
         return {worker.seat: worker for worker in self._workers}
@@ -343,5 +312,4 @@ class ElasticSupervisor:
             collect(worker.process)
         for server in self._servers:
             collect(server)
-        if self._coordinator.process is not None:
-            collect(self._coordinator.process)
+        self._coordinator.close()

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import sys
-
 from shoal.launch.placement import Placement, Seating
+from shoal.wire.addresses import LOOPBACK, on_network_of
+
+NODE = "local"
 
 
-def seating(num_ranks: int, port: int = 0) -> Seating:
+def seating(num_ranks: int, port: int = 0, *, address: str = LOOPBACK, node: str = NODE) -> Seating:
     """Seat `num_ranks` ranks on this machine.
 
     Args:
-        port: where rank 0 listens on the loopback address; 0 lets the operating system choose.
+        port: where rank 0 listens; 0 lets the operating system choose.
+        address: this machine's IPv4 address at which all of the run's processes listen.
+        node: this machine's name, which no other machine of the run may have.
+
+    Raises:
+        UsageError: no interface of this machine has the address.
     """
-    loopback = "lo0" if sys.platform == "darwin" else "lo"
-    placements = tuple(
-        Placement(rank=rank, node="local", local_rank=rank, env={"GLOO_SOCKET_IFNAME": loopback})
-        for rank in range(num_ranks)
-    )
-    return Seating(placements=placements, address="127.0.0.1", port=port)
+    network = on_network_of(address)
+    placements = tuple(Placement(rank=rank, node=node, local_rank=rank, env=network) for rank in range(num_ranks))
+    return Seating(placements=placements, address=address, port=port, coordinator_address=address)

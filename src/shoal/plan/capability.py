@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from shoal.data.slowness import WatchConfig
 from shoal.errors import PlanError
-from shoal.plan.schema import Plan
+from shoal.plan.schema import ElasticConfig, Plan
 from shoal.strategy.sync.gossip import GossipConfig, graph_of
 from shoal.strategy.sync.local import LocalConfig, num_fragments
 
@@ -113,6 +113,7 @@ def _check_elastic(plan: Plan, world_size: int) -> None:
             f"elastic.leave_out_slower_than does not fit sync {plan.sync.kind}: its ranks do not tell each other in "
             "every step how long they take; take sync allreduce, or leave it out"
         )
+    _check_tls(elastic)
     if not elastic.min_nodes:
         return
     most = world_size if elastic.max_nodes is None else elastic.max_nodes
@@ -140,6 +141,24 @@ def _check_elastic(plan: Plan, world_size: int) -> None:
         raise PlanError(
             f"batch.size is {plan.batch.size}, fewer than the {most} workers there may be (elastic.max_nodes); set at "
             f"least {most}"
+        )
+
+
+def _check_tls(elastic: ElasticConfig) -> None:
+    given = {name: getattr(elastic, name) for name in ("tls_certificate", "tls_key", "tls_authority")}
+    if not any(given.values()):
+        return
+    for name in ("tls_certificate", "tls_key"):
+        if not given[name]:
+            other = next(other for other, path in given.items() if path)
+            raise PlanError(
+                f"elastic.{other} is set without elastic.{name}: TLS needs a certificate and its private key; set "
+                "both, or leave all out"
+            )
+    if not elastic.min_nodes:
+        raise PlanError(
+            "elastic.tls_certificate is for the coordinator's connections, and without elastic.min_nodes there is no "
+            "coordinator; set min_nodes, or leave it out"
         )
 
 

@@ -119,6 +119,10 @@ class ElasticConfig:
         leave_out_slower_than: a worker that is lastingly slower than the usual one by this factor leaves; 0: none does.
         notice_s: after SIGTERM a worker hands over and leaves, within so long in any case.
         stuck_after_s: a worker that loads samples, or is in one forward, for so long ends itself; 0: never.
+        tls_certificate: the coordinator's certificate chain (PEM), on the machine where `shoal train` runs; default:
+            members talk to it without TLS.
+        tls_key: its private key (PEM, without a passphrase).
+        tls_authority: the certificate (PEM) that vouches for `tls_certificate`; default: that itself.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -129,6 +133,9 @@ class ElasticConfig:
     restarts: Count = 0
     leave_out_slower_than: Annotated[float, Field(ge=0)] = 0.0
     stuck_after_s: Annotated[float, Field(ge=0)] = 600.0
+    tls_certificate: str | None = None
+    tls_key: str | None = None
+    tls_authority: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,11 +16,11 @@ import hmac
 import json
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shoal.errors import CoordinatorError
+from shoal.wire.tls import ServerTls
 
 Document = dict[str, Any]
 MAX_MESSAGE_BYTES = 1 << 20
@@ -38,14 +38,6 @@ _CLIENT_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_reconnect_backoff_ms", 500),
     ("grpc.min_reconnect_backoff_ms", 2000),  # which is also how long one attempt to connect may take
 ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerTls:
-    """Where the server's certificate chain and private key lie (PEM)."""
-
-    certificate: Path
-    key: Path
 
 
 class Stream:

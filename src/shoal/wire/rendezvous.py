@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
-import psutil
 import torch
 import torch.distributed as dist
 
@@ -66,14 +65,6 @@ def identity_from(env: Mapping[str, str]) -> Identity:
         ) from None
     except ValueError as error:
         raise RendezvousError(f"RANK, WORLD_SIZE and MASTER_PORT must be whole numbers: {error}") from None
-
-
-def own_address(env: Mapping[str, str]) -> str:
-    """The IPv4 address of this node on the training network: of GLOO_SOCKET_IFNAME's interface, else of the host."""
-    for address in psutil.net_if_addrs().get(env.get("GLOO_SOCKET_IFNAME", ""), ()):
-        if address.family == socket.AF_INET:
-            return str(address.address)
-    return socket.gethostbyname(socket.gethostname())
 
 
 def join(identity: Identity, fingerprint: Mapping[str, str], *, timeout_s: float = JOIN_TIMEOUT_S) -> Membership:

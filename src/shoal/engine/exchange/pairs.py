@@ -36,10 +36,10 @@ from shoal.engine.exchange.gossip import GossipExchange
 from shoal.errors import PeerLostError
 from shoal.strategy.codec.feedback import Coder
 from shoal.strategy.sync.gossip import GossipSync, graph_of
+from shoal.wire.addresses import own_address
 from shoal.wire.bulk import Link, Listener
 from shoal.wire.frame import Header, Message, Operation
 from shoal.wire.groups import failures_as_lost_peers
-from shoal.wire.rendezvous import own_address
 
 _PATIENCE = timedelta(seconds=120)
 _SILENCE_S = 60.0
