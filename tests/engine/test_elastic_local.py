@@ -17,7 +17,7 @@ from replicas import TARGET, Replica, copied, fragments_of, samples_of
 from torch import Tensor
 from torch.optim import SGD
 
-from command_line import train
+from command_line import train, training
 from shoal.run import Run
 from training_runs import final_state
 
@@ -105,8 +105,28 @@ class Reference:
 
     def chapter(self, chapter: Chapter, following: Chapter | None, merged: list[float]) -> None:
         """One view. `merged`: of each fragment, the rounds that anybody had merged when it ended."""
+        cut = following is not None and not following.planned
         keeping = [s for s in following.seats if s not in following.took] if following else chapter.seats
         last = following.start if following else max(chapter.done.values())
+        self.steps(chapter, keeping, merged, last)
+        averaging = {seat: self.seats[seat] for seat in (keeping if cut else chapter.seats)}
+        self._merge(list(range(len(self.members))), averaging, merged)
+        for seat in chapter.seats:
+            if cut and seat not in keeping:
+                self._lose(seat, merged, last)
+        if not cut:
+            self._average(chapter.seats)
+        for seat in keeping:
+            worker = self.seats[seat]
+            worker.steps = [worker.held(fragment) for fragment in range(len(self.members))]
+            worker.flying.clear()
+            for step in range(chapter.done[seat] + 1, last + 1):
+                worker.train(step, chapter.seats.index(seat), len(chapter.seats))
+        if following:
+            self.enter(following, max(keeping, key=lambda seat: (chapter.done[seat], -seat)))
+
+    def steps(self, chapter: Chapter, keeping: list[int], merged: list[float], last: int) -> None:
+        """All steps of a view, of those who `keep` on only what they had done by its end."""
         for step in range(chapter.start + 1, last + 1):
             acting = {s: self.seats[s] for s in chapter.seats if s not in keeping or chapter.done[s] >= step}
             for seat, worker in acting.items():
@@ -116,27 +136,12 @@ class Reference:
             self._leave(self.setup.leaving(step), acting, merged, complete=len(acting) == len(chapter.seats))
             if not self.setup.overlap:
                 self._merge(self.setup.leaving(step), acting, merged)
-        everything = list(range(len(self.members)))
-        cut = following is not None and not following.planned
-        self._merge(everything, {seat: self.seats[seat] for seat in (keeping if cut else chapter.seats)}, merged)
-        for seat in chapter.seats:
-            if cut and seat not in keeping:
-                self._lose(seat, chapter, merged, last)
-        if not cut:
-            self._average(chapter.seats)
-        for seat in keeping:
-            worker = self.seats[seat]
-            for fragment in everything:
-                worker.steps[fragment] = worker.held(fragment)
-            worker.flying.clear()
-            for step in range(chapter.done[seat] + 1, last + 1):
-                worker.train(step, chapter.seats.index(seat), len(chapter.seats))
-        if following:
-            self._enter(following, max(keeping, key=lambda seat: (chapter.done[seat], -seat)))
 
-    def _enter(self, view: Chapter, teller: int) -> None:
+    def enter(self, view: Chapter, teller: int) -> None:
+        """Who takes a state takes the anchors, and the optimizer of seat `teller`."""
+        source = self.seats[teller].replica
         for seat in view.took:
-            self.seats[seat] = Seat(copied(self.seats[teller].replica), [[] for _ in self.members])
+            self.seats[seat] = Seat(copied(source), [[] for _ in self.members])
             for fragment in range(len(self.members)):
                 self._put(self.seats[seat], fragment, self.anchors[fragment][-1])
         self.seats = {seat: self.seats[seat] for seat in view.seats}
@@ -145,6 +150,8 @@ class Reference:
         for fragment in fragments:
             number = len(self.anchors[fragment])
             for worker in acting.values():
+                if fragment in worker.flying:
+                    continue  # the round before broke, and this rank waits for it
                 worker.flying[fragment] = Flying(number, self._values(worker, fragment), worker.steps[fragment])
                 worker.steps[fragment] = []
             if number <= merged[fragment]:
@@ -196,7 +203,7 @@ class Reference:
                 self._put(worker, fragment, self.anchors[fragment][-1])
                 worker.steps[fragment] = []
 
-    def _lose(self, seat: int, chapter: Chapter, merged: list[float], last: int) -> None:
+    def _lose(self, seat: int, merged: list[float], last: int) -> None:
         worker = self.seats[seat]
         for fragment, flying in list(worker.flying.items()):
             if flying.number <= merged[fragment]:
@@ -231,14 +238,17 @@ def hold_against_the_reference(run: Run, setup: Setup, steps: int) -> Reference:
         merged = merged_by_anybody(run, chapter) if cut else [math.inf] * setup.fragments
         reference.chapter(chapter, following, merged)
     assert set(told[-1].done.values()) == {steps}
-    trained = final_state(run)["model"]
-    [final] = [reference.seats[told[-1].seats[0]].replica.model.state_dict()]
-    for key, value in final.items():
-        assert (trained[key] - value).norm() / value.norm() < 1e-9, key
+    assert_same(run, reference.seats[told[-1].seats[0]])
     assert_every_sample_once_or_told_as_lost(run, steps)
     lost = {event["seat"]: (event["first_step"], event["samples"]) for event in events(run, "samples_lost")}
     assert lost == reference.lost
     return reference
+
+
+def assert_same(run: Run, worker: Seat) -> None:
+    trained = final_state(run)["model"]
+    for key, value in worker.replica.model.state_dict().items():
+        assert (trained[key] - value).norm() / value.norm() < 1e-9, key
 
 
 KILLED = ('kind = "kill"\nrank = 2\nstep = 30',)
@@ -264,3 +274,116 @@ def test_a_loss_in_the_middle_of_a_round_leaves_the_exact_average_of_those_who_g
     assert [len(chapter.seats) for chapter in chapters(run)] == [4, 3]
     reference = hold_against_the_reference(run, setup, 90)
     assert reference.lost.keys() <= {2}
+
+
+def test_a_newcomer_begins_from_the_anchor_and_what_it_learns_is_averaged_with_the_rest(tmp_path: Path) -> None:
+    given = [
+        *plan(tmp_path, STREAMING.sync, more="[validation]\nevery = 0"),
+        *faults(tmp_path, 'kind = "kill"\nrank = 0\nstep = 30', 'kind = "join"\nstep = 40'),
+    ]
+    ended = train(TARGET, tmp_path / "run", *given, "--nodes", "4", "--steps", "300", "--set", "nap_s=0.03")
+    assert ended.code == 0, ended.stderr
+    run = Run(tmp_path / "run")
+    told = chapters(run)
+    assert [len(chapter.seats) for chapter in told] == [4, 3, 4]
+    assert told[2].took == [4]
+    assert hold_against_the_reference(run, STREAMING, 300).lost.keys() <= {0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["streaming DiLoCo", "local SGD"])
+def test_who_froze_comes_back_as_a_newcomer_and_who_is_taken_away_leaves_nothing_behind(
+    name: str, tmp_path: Path
+) -> None:
+    setup = SETUPS[name]
+    given = [
+        *plan(tmp_path, setup.sync, more="[validation]\nevery = 0"),
+        *faults(
+            tmp_path,
+            'kind = "freeze"\nrank = 0\nstep = 40\nseconds = 4.0',
+            'kind = "preempt"\nrank = 2\nstep = 260',
+        ),
+    ]
+    ended = train(TARGET, tmp_path / "run", *given, "--nodes", "4", "--steps", "400", "--set", "nap_s=0.03")
+    assert ended.code == 0, ended.stderr
+    run = Run(tmp_path / "run")
+    told = chapters(run)
+    assert [chapter.seats for chapter in told] == [[0, 1, 2, 3], [1, 2, 3], [0, 1, 2, 3], [0, 1, 3]]
+    assert told[2].took == [0]
+    assert hold_against_the_reference(run, setup, 400).lost.keys() <= {0}, "nothing of who left in order"
+
+
+@pytest.mark.slow
+def test_two_losses_within_one_round_are_both_told_to_the_sample(tmp_path: Path) -> None:
+    setup = Setup(every=40, outer_lr=0.7, outer_momentum=0.9)
+    given = [
+        *plan(tmp_path, setup.sync, more="[validation]\nevery = 0"),
+        *faults(tmp_path, 'kind = "kill"\nrank = 3\nstep = 45', 'kind = "kill"\nrank = 1\nstep = 60'),
+    ]
+    ended = train(TARGET, tmp_path / "run", *given, "--nodes", "4", "--steps", "100", "--set", "nap_s=0.05")
+    assert ended.code == 0, ended.stderr
+    run = Run(tmp_path / "run")
+    assert [chapter.seats for chapter in chapters(run)] == [[0, 1, 2, 3], [0, 1, 2], [0, 2]]
+    lost = hold_against_the_reference(run, setup, 100).lost
+    assert {seat: first for seat, (first, _) in lost.items()} == {3: 41, 1: 41}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [4, 60])
+def test_a_measured_rhythm_goes_over_to_later_views_and_one_that_is_not_is_measured_there(
+    step: int, tmp_path: Path
+) -> None:
+    given = [
+        *plan(tmp_path, 'kind = "local"', more="[validation]\nevery = 0"),
+        *faults(tmp_path, f'kind = "kill"\nrank = 0\nstep = {step}', 'kind = "join"\nstep = 70'),
+    ]
+    ended = train(TARGET, tmp_path / "run", *given, "--nodes", "3", "--steps", "250", "--set", "nap_s=0.05")
+    assert ended.code == 0, ended.stderr
+    run = Run(tmp_path / "run")
+    assert [len(chapter.seats) for chapter in chapters(run)] == [3, 2, 3]
+    told = events(run, "rhythm")
+    assert len(told) == (2 if step == 4 else 3), "one for each view that trained by it"
+    assert len({(event["every"], event["fragments"], event["overlap"]) for event in told}) == 1
+    assert_every_sample_once_or_told_as_lost(run, 250)
+
+
+@pytest.mark.slow
+def test_under_a_codec_error_feedback_begins_anew_and_training_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "seen").mkdir()
+    given = [
+        *plan(tmp_path, STREAMING.sync, more='[codec]\nkind = "topk"\n[validation]\nevery = 20'),
+        *("--set", f"seen={tmp_path / 'seen'}", "--set", "nap_s=0.01", "--nodes", "4", "--steps", "200"),
+    ]
+    losses = {}
+    for name, more in {"calm": [], "struck": faults(tmp_path, 'kind = "kill"\nrank = 1\nstep = 70')}.items():
+        ended = train(SEEN, tmp_path / name, *given, *more)
+        assert ended.code == 0, ended.stderr
+        losses[name] = [event["loss"] for event in events(Run(tmp_path / name), "validation")]
+    run = Run(tmp_path / "struck")
+    [reset] = events(run, "residuals_reset")
+    assert reset["step"] == chapters(run)[1].start
+    first, last = losses["struck"][0], losses["calm"][-1]
+    assert losses["struck"][-1] < last + 0.1 * (first - last)
+
+
+@pytest.mark.slow
+def test_killed_all_at_once_and_resumed_all_begin_from_the_anchor_with_its_momentum(tmp_path: Path) -> None:
+    setup = SETUPS["DiLoCo"]
+    given = [*plan(tmp_path, setup.sync, more="[validation]\nevery = 0\n[checkpoint]\nevery = 7"), "--nodes", "2"]
+    with training(TARGET, tmp_path / "run", *given, "--steps", "40", "--set", "nap_s=0.03") as handle:
+        handle.wait_for_step(18)
+        handle.kill_everything()
+    ended = train(TARGET, tmp_path / "run", *given, "--steps", "40", "--set", "nap_s=0.03", "--resume")
+    assert ended.code == 0, ended.stderr
+    run = Run(tmp_path / "run")
+    [resumed] = events(run, "resumed")
+    step = resumed["step"]
+    assert step % 5, "a rank has learned something since the last round"
+    reference, never = Reference(setup, [0, 1]), [math.inf]
+    reference.steps(Chapter(1, [0, 1], False, 0, {0: step, 1: step}), [0, 1], never, step)
+    again = Chapter(1, [0, 1], False, step, {0: 40, 1: 40}, took=[0, 1])
+    reference.enter(again, 0)
+    reference.chapter(again, None, never)
+    assert_same(run, reference.seats[0])
+    missing = sum(sum(map(len, samples_of(s, (1.0, 1.0)))) for s in range(step // 5 * 5, step))
+    assert any(f"learned from {missing} samples" in event["message"] for event in events(run, "warning"))
