@@ -8,6 +8,7 @@ neither is any word of other ranks: see `engine/rounds.py`.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
@@ -181,16 +182,38 @@ class Ledger:
             fragment.own_samples += own_samples
             fragment.all_samples += all_samples
 
-    def resume(self, saved: Mapping[str, Any]) -> int:
-        """Go on from the anchors with the momentum and rhythm of a `LocalExchange.state_dict`, all ranks alike.
+    def state_dict(self) -> dict[str, Any]:
+        """All but the anchors, which the model holds, and other ranks' words; the tensors are this object's own."""
+        fragments = self.fragments
+        return {
+            "base": self.base,
+            "every": self.every,
+            "samples": [(fragment.own_samples, fragment.all_samples) for fragment in fragments],
+            "leaving": [dataclasses.asdict(f.leaving) if f.leaving is not None else None for f in fragments],
+            "values": [section.values for fragment in fragments for section in fragment.sections],
+            "sent": [sent for fragment in fragments for sent in fragment.sent],
+            "momentum": [momentum for fragment in fragments for momentum in fragment.momenta],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`'s value."""
+        self.resume(state)
+        own = self.state_dict()
+        for values, saved in zip(own["values"] + own["sent"], state["values"] + state["sent"], strict=True):
+            values.copy_(saved)
+        for fragment, samples, leaving in zip(self.fragments, state["samples"], state["leaving"], strict=True):
+            fragment.own_samples, fragment.all_samples = samples
+            fragment.leaving = Leaving(**leaving) if leaving else None
+
+    def resume(self, state: Mapping[str, Any]) -> int:
+        """Go on from the anchors with the momentum and rhythm of `state_dict`'s value, all ranks alike.
 
         Returns:
             How many samples, of all ranks, are in no anchor of some fragment: what was learned from them is gone.
         """
-        self.every, self.base = saved["every"] or self.every, saved["base"]
-        momenta = [momentum for fragment in self.fragments for momentum in fragment.momenta]
-        for momentum, held in zip(momenta, saved["momentum"], strict=True):
-            if momentum is not None and held is not None:
-                momentum.copy_(held)
-        under_way = [leaving["all_samples"] if leaving else 0 for leaving in saved["leaving"]]
-        return max(sum(pair) for pair in zip((count for _, count in saved["samples"]), under_way, strict=True))
+        self.every, self.base = state["every"] or self.every, state["base"]
+        for momentum, saved in zip(self.state_dict()["momentum"], state["momentum"], strict=True):
+            if momentum is not None and saved is not None:
+                momentum.copy_(saved)
+        under_way = [leaving["all_samples"] if leaving else 0 for leaving in state["leaving"]]
+        return max(sum(pair) for pair in zip((count for _, count in state["samples"]), under_way, strict=True))

@@ -8,7 +8,6 @@ the next step. What has arrived by the end of a view is merged, early or not: no
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -25,7 +24,7 @@ from shoal.engine.exchange.agreement import Agreement, Ballot, Verdict
 from shoal.engine.exchange.base import OnLanes, Wiring, copied
 from shoal.engine.exchange.clipping import require_gradients
 from shoal.engine.exchange.lagged import LaggedAgreement
-from shoal.engine.exchange.ledger import Fragment, Leaving, Ledger
+from shoal.engine.exchange.ledger import Fragment, Ledger
 from shoal.engine.exchange.parameters import Section
 from shoal.errors import PeerLostError
 from shoal.ops import NODE, WORLD
@@ -169,35 +168,18 @@ class LocalExchange(OnLanes):
         for transit in self._transits:
             if transit.pending is not None:
                 transit.arrived = [difference.clone() for difference in self._differences(transit)]
-        fragments = self._ledger.fragments
         return {
             "step": self._step,
-            "base": self._ledger.base,
-            "every": self._ledger.every,
-            "samples": [(fragment.own_samples, fragment.all_samples) for fragment in fragments],
-            "leaving": [dataclasses.asdict(f.leaving) if f.leaving is not None else None for f in fragments],
-            "values": copied([section.values for fragment in fragments for section in fragment.sections]),
-            "sent": copied([sent for fragment in fragments for sent in fragment.sent]),
-            "momentum": copied([momentum for fragment in fragments for momentum in fragment.momenta]),
+            **copied(self._ledger.state_dict()),
             "arrived": copied([transit.arrived for transit in self._transits]),
             "coder": copied(self._coder.state_dict()) if self._coder else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`'s value; the model holds the anchor."""
-        self._ledger.resume(state)
         self._step = state["step"]
-        fragments = self._ledger.fragments
-        sections = [section for fragment in fragments for section in fragment.sections]
-        for section, values in zip(sections, state["values"], strict=True):
-            section.values.copy_(values)
-        for sent, values in zip((sent for f in fragments for sent in f.sent), state["sent"], strict=True):
-            sent.copy_(values)
-        told = zip(self._transits, state["samples"], state["leaving"], state["arrived"], strict=True)
-        for transit, samples, leaving, arrived in told:
-            fragment = transit.fragment
-            fragment.own_samples, fragment.all_samples = samples
-            fragment.leaving = Leaving(**leaving) if leaving else None
+        self._ledger.load_state_dict(state)
+        for transit, arrived in zip(self._transits, state["arrived"], strict=True):
             transit.arrived = arrived
         if self._coder is not None and state["coder"] is not None:
             self._coder.load_state_dict(state["coder"])
