@@ -33,8 +33,11 @@ needed and `kill -9` loses at most a line that was being written. Every event ha
 | gradient_dropped | any rank | epoch, first, samples (of this rank): a step was taken without it, as the plan allows |
 | left | any rank | step |
 | caught_up | any rank | step, steps (taken at once), seconds: a newcomer holds what all hold |
-| samples_lost | a rank | seat, first_step, last_step, samples: what a lost rank of a gossip alone had learned |
-| made_up | any rank | step, steps: that it took by itself to come level with the others of a gossip |
+| samples_lost | a rank | seat, first_step, last_step, samples: what a lost rank (gossip, local) alone had learned |
+| made_up | any rank | step, steps: that it took by itself to come level with the others (gossip, local) |
+| rounds | any rank | epoch (of the view that ended), step, merged (by fragment: rounds of local steps that it had |
+|  |  | merged), taken (fragments whose last round it took from others), undone (whose round never happened) |
+| residuals_reset | a rank | step: error feedback of local steps begins anew, without what had not been sent yet |
 | gossip_memory_reset | a rank | step, epoch: neighbours begin anew to tell each other what they hold |
 | step_in_name | a rank | seat, and the fields of `step`: a lost worker's part of a step, brought for it |
 | stood_in | a rank | seat, first_step, last_step: all of that |

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from replicas import BATCH, CLIP_NORM, NUM_SAMPLES, SEED
@@ -92,19 +93,43 @@ def chapters(run: Run) -> list[Chapter]:
 
 def positions_used(run: Run) -> Counter[tuple[int, int]]:
     """(epoch, position) -> how often living values learned from it: committed steps, without what was lost."""
-    seats = {chapter.epoch: chapter.seats for chapter in chapters(run)}
-    lost = {event["seat"]: event["first_step"] for event in events(run, "samples_lost")}
+    seats, lost = {chapter.epoch: chapter.seats for chapter in chapters(run)}, _lost(run)
     used: Counter[tuple[int, int]] = Counter()
     for seat, told in _by_seat(run).items():
-        current: list[int] = []
+        view, current = 0, list[int]()
         for event in told:
             if event["kind"] == "view":
-                current = seats[event["epoch"]]
-            elif event["kind"] == "step" and event["step"] < lost.get(seat, event["step"] + 1):
+                view, current = event["epoch"], seats[event["epoch"]]
+            elif event["kind"] == "step" and not any(
+                seat == gone and event["step"] >= first and view <= last_view for gone, first, last_view in lost
+            ):
                 span = spans(event["samples"], (1.0,) * len(current))[current.index(seat)]
                 assert len(span) == event["share"]
                 used.update((event["epoch"], event["first"] + place) for place in span)
     return used
+
+
+def _lost(run: Run) -> list[tuple[int, int, int]]:
+    """(seat, the first step that is lost, the view in which it was)."""
+    views = events(run, "view")
+    return [
+        (
+            event["seat"],
+            event["first_step"],
+            max(view["epoch"] for view in views if view["source"] == event["source"] and view["t"] <= event["t"]),
+        )
+        for event in events(run, "samples_lost")
+    ]
+
+
+def assert_every_sample_once_or_told_as_lost(run: Run, steps: int) -> None:
+    expected = Counter(
+        (epoch, first + place) for epoch, first, size in islice(batches(), steps) for place in range(size)
+    )
+    used, lost = positions_used(run), sum(event["samples"] for event in events(run, "samples_lost"))
+    assert max(used.values()) == 1
+    assert used.keys() <= expected.keys()
+    assert len(expected) - len(used) == lost
 
 
 def batches() -> Iterator[tuple[int, int, int]]:

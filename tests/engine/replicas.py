@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -44,12 +46,38 @@ class Replica:
         self.schedule.step()
 
 
+def copied(replica: Replica) -> Replica:
+    """Another replica of the same state."""
+    other = Replica(replica.rank)
+    other.model.load_state_dict(replica.model.state_dict())
+    other.optimizer.load_state_dict(copy.deepcopy(replica.optimizer.state_dict()))
+    other.schedule.load_state_dict(replica.schedule.state_dict())
+    return other
+
+
 def samples_of(step: int, shares: tuple[float, ...]) -> list[list[int]]:
     """What each rank gets in step `step`, counted from 0."""
     epoch, place = divmod(step, -(-NUM_SAMPLES // BATCH))
     order = shuffled(np.arange(NUM_SAMPLES), NUM_SAMPLES, seed=SEED, epoch=epoch)
     chosen = order[place * BATCH : (place + 1) * BATCH]
     return [[int(i) for i in chosen[span.start : span.stop]] for span in spans(len(chosen), shares)]
+
+
+@cache
+def fragments_of(model_parameters: tuple[int, ...], count: int) -> list[list[int]]:
+    """The rule of the docs, written anew: consecutive, each closed when it holds its part of what is left."""
+    fragments: list[list[int]] = [[]]
+    left, size = sum(model_parameters), 0
+    for index, bytes_ in enumerate(model_parameters):
+        to_come = count - len(fragments)
+        if fragments[-1] and to_come:
+            full = size + bytes_ / 2 > left / (to_come + 1)
+            if full or len(model_parameters) - index == to_come:
+                left, size = left - size, 0
+                fragments.append([])
+        fragments[-1].append(index)
+        size += bytes_
+    return fragments
 
 
 def plan_text(sync: str, *, codec: str = "none", steps: int = STEPS, batch: str = "") -> str:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
-from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
-from elastic_runs import Chapter, batches, chapters, events, faults, plan, positions_used
-from replicas import TARGET, Replica, samples_of
+from elastic_runs import (
+    Chapter,
+    assert_every_sample_once_or_told_as_lost,
+    chapters,
+    events,
+    faults,
+    plan,
+)
+from replicas import TARGET, Replica, copied, samples_of
 from torch import Tensor
 
 from command_line import train
@@ -78,25 +83,6 @@ def reference(run: Run, topology: str, steps: int) -> dict[str, Tensor]:
     for p, value in zip(last[0].parameters, mean(last), strict=True):
         p.data.copy_(value)
     return last[0].model.state_dict()
-
-
-def copied(replica: Replica) -> Replica:
-    """Another replica of the same state."""
-    other = Replica(replica.rank)
-    other.model.load_state_dict(replica.model.state_dict())
-    other.optimizer.load_state_dict(copy.deepcopy(replica.optimizer.state_dict()))
-    other.schedule.load_state_dict(replica.schedule.state_dict())
-    return other
-
-
-def assert_every_sample_once_or_told_as_lost(run: Run, steps: int) -> None:
-    expected = Counter(
-        (epoch, first + place) for epoch, first, size in islice(batches(), steps) for place in range(size)
-    )
-    used, lost = positions_used(run), sum(event["samples"] for event in events(run, "samples_lost"))
-    assert max(used.values()) == 1
-    assert used.keys() <= expected.keys()
-    assert len(expected) - len(used) == lost
 
 
 @pytest.mark.parametrize("topology", ["ring", pytest.param("matching", marks=pytest.mark.slow)])

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from replicas import fragments_of
 from torch import Tensor, nn
 from torch.optim import SGD
 
@@ -96,23 +96,6 @@ class Replica:
         torch.nn.utils.clip_grad_norm_(self.parameters, CLIP_NORM)
         self.optimizer.step()
         self.schedule.step()
-
-
-@cache
-def fragments_of(model_parameters: tuple[int, ...], count: int) -> list[list[int]]:
-    """The rule of the docs, written anew: consecutive, each closed when it holds its part of what is left."""
-    fragments: list[list[int]] = [[]]
-    left, size = sum(model_parameters), 0
-    for index, bytes_ in enumerate(model_parameters):
-        to_come = count - len(fragments)
-        if fragments[-1] and to_come:
-            full = size + bytes_ / 2 > left / (to_come + 1)
-            if full or len(model_parameters) - index == to_come:
-                left, size = left - size, 0
-                fragments.append([])
-        fragments[-1].append(index)
-        size += bytes_
-    return fragments
 
 
 def reference(setup: Setup, steps: int = STEPS) -> dict[str, Tensor]:

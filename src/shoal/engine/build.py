@@ -18,6 +18,7 @@ from shoal.data.loader import Cursor, Loader, LoaderConfig, num_samples
 from shoal.engine import random_state
 from shoal.engine.exchange import EXCHANGES, ReplicaExchange
 from shoal.engine.exchange.base import Among, Wiring
+from shoal.engine.exchange.ledger import Ledger
 from shoal.engine.layout.deferred import build
 from shoal.engine.layout.divide import Divided, Task, divide
 from shoal.engine.layout.lanes import Lanes
@@ -179,7 +180,12 @@ def connect_lanes(
 
 
 def build_exchange(
-    parts: Parts, connected: Connected, log: EventLog, first_step: int = 0, among: Among | None = None
+    parts: Parts,
+    connected: Connected,
+    log: EventLog,
+    first_step: int = 0,
+    among: Among | None = None,
+    ledger: Ledger | None = None,
 ) -> ReplicaExchange:
     """Let this rank take part in the plan's sync, after `first_step` committed steps. Collective."""
     plan = connected.plan
@@ -197,6 +203,7 @@ def build_exchange(
         log=log,
         first_step=first_step,
         among=among,
+        ledger=ledger,
     )
     return EXCHANGES[plan.sync.kind](wiring, sync, coder)
 

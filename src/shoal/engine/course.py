@@ -7,7 +7,8 @@ lost rank trained on and no survivor has heard of is lost with it, and told as `
 that were taken without it count among them. A step under way may have mixed one side of an edge and not the other:
 the mean of the replicas may move by as much as they are apart.
 
-Ranks at their own pace go on in the middle of a round (`own_pace.py`): what nobody knows of is leased again.
+Ranks at their own pace go on in the middle of a round (`own_pace.py`): what nobody knows of is leased again. What is
+peculiar to local steps is in `rounds.py`.
 
 Only those who trained in the view before go on from their own replicas. Whoever comes back from an earlier one is a
 newcomer: its share was reported as lost when the others went on without it.
@@ -83,7 +84,7 @@ def lost_samples(course: Course, standings: Mapping[int, int], step: int) -> Ite
             continue
         known = reached(lambda s: graph_of(config, len(seats), step=s), first, ranks, rank)
         if known < step:
-            samples = sum(_share(course, rank, ahead) for ahead in range(known - first, step - first))
+            samples = sum(share_of(course, rank, ahead) for ahead in range(known - first, step - first))
             yield Lost(seat=seat, first_step=known + 1, last_step=step, samples=samples)
 
 
@@ -119,17 +120,21 @@ def make_up(
     log: EventLog,
     *,
     last: int,
+    alone: Alone | None = None,
 ) -> None:
-    """Take this rank's steps up to `last` by itself, as `course` divided them. Nobody is waited for."""
+    """Take this rank's steps up to `last` by itself, as `course` divided them. Nobody is waited for.
+
+    `alone`: in place of the exchange; default: that of a gossip.
+    """
     connected = dataclasses.replace(course.connected, world=world)
-    alone = Alone(parts.replica, connected.topology.rank, connected.topology.world_size)
+    alone = alone or Alone(parts.replica, connected.topology.rank, connected.topology.world_size)
     own = dataclasses.replace(parts, loader=course.loader)
     loop = assemble(job, own, connected, alone, checkpoints, progress, turnover, log)
     loop.take_steps(last)
     log.write("made_up", step=last, steps=last - progress.step)
 
 
-def _share(course: Course, rank: int, ahead: int) -> int:
+def share_of(course: Course, rank: int, ahead: int) -> int:
     """Rank `rank`'s samples in the batch `ahead` steps after the view's beginning."""
     cursor, _ = course.loader.after(course.start.cursor, ahead)
     return sum(map(len, course.loader.micro_spans(cursor, rank)))

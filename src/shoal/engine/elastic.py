@@ -36,6 +36,7 @@ from shoal.engine.division import Division
 from shoal.engine.exchange import UNEQUAL
 from shoal.engine.exchange.base import Among
 from shoal.engine.exchange.gradients import GradientExchange
+from shoal.engine.exchange.ledger import Ledger
 from shoal.engine.experience import Experience
 from shoal.engine.farewell import save_alone
 from shoal.engine.following import COORDINATOR, Following
@@ -48,6 +49,7 @@ from shoal.engine.patience import Endless, Patience, Watch, end_this_process
 from shoal.engine.progress import Progress
 from shoal.engine.replicas import make_equal
 from shoal.engine.restoring import restore
+from shoal.engine.rounds import Rounds, resume
 from shoal.engine.standing_in import StandingIn
 from shoal.engine.start import Start, target_of_run
 from shoal.engine.telling import Context, announce, conclude
@@ -56,6 +58,7 @@ from shoal.errors import PeerLostError, RendezvousError, RunEnded
 from shoal.job.job import Job
 from shoal.plan import Plan, for_ranks, load_plan, num_servers
 from shoal.strategy.layout.grid import arrange
+from shoal.strategy.sync.local import LocalConfig
 from shoal.strategy.topology import Topology
 from shoal.wire.blocks import keep_large_blocks
 from shoal.wire.groups import failures_as_lost_peers
@@ -131,6 +134,7 @@ class _ElasticRank:
         self._progress: Progress | None = None
         self._course: Course | None = None
         self._midway: Round | None = None
+        self._ledger: Ledger | None = None
         self._fills_servers = False
         self._apart = self._plan.sync.kind in UNEQUAL
         self._checkpoints: CheckpointSession | None = None
@@ -223,7 +227,9 @@ class _ElasticRank:
             epoch=view.epoch, seats=view.seats, connected=connected, loader=parts.loader, start=outcome.progress
         )
         agreed_at = time.perf_counter()
-        exchange = build.build_exchange(parts, connected, self._log, outcome.progress.step, self._among(view))
+        exchange = build.build_exchange(
+            parts, connected, self._log, outcome.progress.step, self._among(view), self._ledger
+        )
         if self._fills_servers:
             held = checkpoints.restore_private(0)  # rank 0 kept it for all
             exchange.load_state_dict({**(held or {}), "coder": None})
@@ -353,6 +359,19 @@ class _ElasticRank:
         if getattr(connected.plan.sync, "mode", "") in ("asynchronous", "async"):
             self._midway = agree_on_round(connected.world, outcome, self._midway)
             self._progress = reached
+            return
+        if isinstance(connected.plan.sync, LocalConfig):
+            if self._ledger is None:
+                self._ledger = Ledger.of(self._parts.replica, connected.plan.sync, reached.step)
+            if roles.teller is None and self._start.resume:
+                resume(self._ledger, checkpoints.restore_private(0), connected.world, self._log)
+            rounds = Rounds(
+                job=self._job, parts=self._parts, course=course, world=connected.world, checkpoints=checkpoints,
+                turnover=turnover, log=self._log,
+            )  # fmt: skip
+            rounds.go_on(self._ledger, outcome, self._progress)
+            self._progress = reached
+            rounds.settle(self._ledger, outcome, view.seats)
             return
         keeping = {seat: outcome.standings[r].step for r, seat in enumerate(view.seats) if r not in roles.takers}
         if connected.plan.sync.kind == "parameter_server":

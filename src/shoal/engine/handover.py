@@ -5,8 +5,8 @@ parameters differ although they should not must hear of it. So all compare how f
 behind takes everything from several peers at once, each of which sends another part. Each piece carries a checksum
 (CRC-32): what arrives damaged ends the view, and is asked for again in the next.
 
-Where every rank has a replica of its own (gossip), whoever trained in the newest view keeps it, and is not corrected;
-only those who come in take another's. What becomes of steps that a rank lacks is `course.py`'s.
+Where every rank has a replica of its own (gossip, local steps), whoever trained in the newest view keeps it, and is not
+corrected; only those who come in take another's. What becomes of steps that a rank lacks is `course.py`'s.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import hashlib
 import json
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,10 +156,15 @@ def hand_over(
 
 
 def digest_of(model: nn.Module) -> int:
-    """63 bits that differ, in all likelihood, between parameters that differ. Reads them once, at memory's speed."""
+    """The digest of a model's parameters."""
+    return digest(parameter.detach() for parameter in model.parameters())
+
+
+def digest(tensors: Iterable[Tensor]) -> int:
+    """63 bits that differ, in all likelihood, between values that differ. Reads them once, at memory's speed."""
     sums = hashlib.sha256()
-    for parameter in model.parameters():
-        flat = parameter.detach().contiguous().reshape(-1).view(torch.uint8)
+    for tensor in tensors:
+        flat = tensor.contiguous().reshape(-1).view(torch.uint8)
         words = flat[: flat.numel() // 4 * 4].view(torch.int32).sum(dtype=torch.int64)
         rest = flat[flat.numel() // 4 * 4 :].sum(dtype=torch.int64)
         sums.update(f"{int(words)} {int(rest)}".encode())
@@ -302,7 +307,7 @@ class Giving:
 
 
 class Taking:
-    """What a taker is sent."""
+    """What a taker is sent. Attributes: `tensors`: by name; whole when `take` or `wait` has returned."""
 
     def __init__(self, group: Group, message: dict[str, Any], part: Roles) -> None:
         """`message`: what the teller told."""
@@ -310,7 +315,7 @@ class Taking:
         self._message = message
         self._part = part
         described = message["tensors"]
-        self._tensors = {
+        self.tensors = {
             name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in described.items()
         }
         self._thread: threading.Thread | None = None
@@ -339,7 +344,7 @@ class Taking:
 
     def install(self, parts: Parts) -> None:
         """Put it into this rank's parts."""
-        state = tree.decode(self._message["state"], self._tensors)
+        state = tree.decode(self._message["state"], self.tensors)
         restore(parts, state | {"progress": self._message["progress"]})
 
     def take(self) -> None:
@@ -348,7 +353,7 @@ class Taking:
         Raises:
             PeerLostError: a piece arrived damaged.
         """
-        memories = [_bytes_of(tensor) for tensor in self._tensors.values()]
+        memories = [_bytes_of(tensor) for tensor in self.tensors.values()]
         total, givers = sum(map(len, memories)), self._part.givers
         streams = [(giver, _pieces(total, index, len(givers))) for index, giver in enumerate(givers)]
         while streams:

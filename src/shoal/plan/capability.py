@@ -117,11 +117,6 @@ def _check_elastic(plan: Plan, world_size: int) -> None:
     if not elastic.min_nodes:
         return
     most = world_size if elastic.max_nodes is None else elastic.max_nodes
-    if plan.sync.kind == "local":
-        raise PlanError(
-            "elastic.min_nodes does not fit sync local yet: what each rank has learned since all agreed last is not "
-            "known to those who go on; take another sync, or leave min_nodes out"
-        )
     if isinstance(plan.sync, GossipConfig) and plan.sync.topology == "edges":
         raise PlanError(
             "elastic.min_nodes does not fit sync.topology edges, whose edges name ranks that may be gone; take a "

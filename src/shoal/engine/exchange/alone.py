@@ -12,6 +12,7 @@ from torch import Tensor
 from shoal.data.loader import Batch
 from shoal.engine.exchange.agreement import Ballot, Verdict
 from shoal.engine.exchange.clipping import require_gradients
+from shoal.engine.exchange.ledger import Ledger
 from shoal.engine.layout.replica import Replica
 from shoal.wire.traffic import Traffic
 
@@ -95,3 +96,29 @@ class Alone:
 
     def close(self, *, wait: bool = False) -> None:
         """Nothing to close."""
+
+
+class CountedAlone(Alone):
+    """The same among ranks that take local steps: each takes the mean over its own samples, and counts them."""
+
+    def __init__(self, replica: Replica, rank: int, num_ranks: int, ledger: Ledger) -> None:
+        super().__init__(replica, rank, num_ranks)
+        self._ledger = ledger
+        self._samples = (0, 0)
+
+    def denominator(self, batch: Batch) -> float:
+        """This rank's own samples."""
+        return max(batch.replica_share, 1)
+
+    def begin(self, batch: Batch, clock: int) -> None:
+        """Forget the gradients of the step before."""
+        super().begin(batch, clock)
+        self._samples = (batch.replica_share, batch.size)
+
+    def before_last_backward(self, loss: Tensor, ballot: Ballot) -> None:
+        """Note the mean loss of this rank's own samples."""
+        self._loss = loss
+
+    def release(self) -> None:
+        """The step counts."""
+        self._ledger.count(*self._samples)

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from shoal.data.loader import Batch
 from shoal.engine.exchange.agreement import Ballot, Verdict
 from shoal.engine.exchange.communicator import Lane
+from shoal.engine.exchange.ledger import Ledger
 from shoal.engine.layout.replica import Replica
 from shoal.events import EventLog
 from shoal.strategy.topology import Topology
@@ -55,6 +56,7 @@ class Wiring:
         world: all ranks' connections and store.
         first_step: steps that were committed before.
         among: the view of those who come and go; None where all stay from beginning to end.
+        ledger: of local steps, what this rank holds from the view before; None: nothing.
     """
 
     replica: Replica
@@ -67,6 +69,7 @@ class Wiring:
     log: EventLog
     first_step: int = 0
     among: Among | None = None
+    ledger: Ledger | None = None
 
 
 class ReplicaExchange(Protocol):
