@@ -16,6 +16,8 @@ from shoal.engine.lookout import Lookout
 from shoal.engine.newcomer import Newcomer
 from shoal.engine.own_pace import OwnPace
 from shoal.engine.pace import InStep
+from shoal.engine.shards.copies import Copies
+from shoal.engine.shards.gate import Gate
 from shoal.engine.stopping import StopRule
 from shoal.engine.stopwatch import Stopwatch
 from shoal.engine.turnover import Turnover
@@ -55,6 +57,7 @@ class Crew:
         lookout: names slow ranks; None where ranks do not tell how long they take.
         cadence: says when checkpoints are due; None where the plan does.
         newcomer, giving: of a rank that comes into a view without state, and of one that gives it some.
+        gate, copies: where ranks that come and go hold a replica together; None elsewhere, and without copies.
     """
 
     parts: Parts
@@ -73,3 +76,5 @@ class Crew:
     cadence: Cadence | None = None
     newcomer: Newcomer | None = None
     giving: Giving | None = None
+    gate: Gate | None = None
+    copies: Copies | None = None
