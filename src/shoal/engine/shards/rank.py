@@ -221,7 +221,7 @@ class ShardedRank:
         gc.collect()  # the model of the view before, whose modules refer to each other
         if last is not None and last.step > progress.step and rank == 0:
             self._log.write("rolled_back", step=progress.step, from_step=last.step, state_from=origin)
-        took = choice is not None and any(rank not in holders for holders in choice.holders)
+        took = choice is not None and not told[rank]
         return _Entry(live, parts, origin, took)
 
     def _regather(self, view: View, connected: Connected, parts: Parts, choice: Choice) -> Progress:
