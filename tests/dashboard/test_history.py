@@ -58,7 +58,7 @@ def test_a_resume_forgets_at_once_what_the_model_has_lost() -> None:
 
 def test_going_back_to_copies_of_lost_shards_forgets_those_steps_and_is_told() -> None:
     told = event(1011.0, "rank-0", "rolled_back", step=6, from_step=10, state_from="memory")
-    history = fold(History(), [*training(1, 10), told])
+    history = fold([*training(1, 10), told])
     assert [point.step for point in history.points][-1] == 6
     assert "training went back from step 10 to 6, memory" in history.warnings[0].message
 
