@@ -28,7 +28,9 @@ needed and `kill -9` loses at most a line that was being written. Every event ha
 | coordinator_lost | every rank | message |
 | waiting | every rank | message: what the coordinator waits for before it makes a view |
 | view | every rank | epoch, rank, seats, nodes, cause, planned, step, took_state, givers (ranks that gave theirs), |
-|  |  | connect_s, state_s, build_s, lost_s (since a loss was noticed; null: none was) |
+|  |  | connect_s, state_s, build_s, lost_s (since a loss was noticed; null: none was); of sharded |
+|  |  | replicas also replicate, shard, state_from (live, memory, disk or start) |
+| rolled_back | rank 0 | step, from_step (the last committed), state_from: shards were lost, and training goes back |
 | view_lost | any rank | epoch, message: how it showed here |
 | gradient_dropped | any rank | epoch, first, samples (of this rank): a step was taken without it, as the plan allows |
 | left | any rank | step |

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from shoal.engine.handover import Giving, Roles, Standing, _copy, _pieces, digest_of, roles, roles_apart
+from shoal.engine.handover import Giving, Roles, Standing, digest_of, roles, roles_apart
+from shoal.engine.memories import copy_range, pieces_of
 from shoal.wire.groups import Group
 
 SOME = st.lists(
@@ -45,7 +46,7 @@ def test_the_majority_is_right_and_the_rest_is_named() -> None:
 
 @given(total=st.integers(0, 40 << 20), count=st.integers(1, 5))
 def test_the_givers_pieces_make_up_the_whole(total: int, count: int) -> None:
-    pieces = [piece for index in range(count) for piece in _pieces(total, index, count)]
+    pieces = [piece for index in range(count) for piece in pieces_of(total, index, count)]
     place = 0
     for piece in pieces:
         assert piece.start == place
@@ -61,10 +62,10 @@ def test_any_range_of_bytes_comes_out_as_it_went_in(sizes: list[int], data: st.D
     start = data.draw(st.integers(0, len(whole)))
     stop = data.draw(st.integers(start, len(whole)))
     message = torch.zeros(stop - start, dtype=torch.uint8)
-    _copy(memories, range(start, stop), message, into=False)
+    copy_range(memories, range(start, stop), message, into=False)
     assert torch.equal(message, whole[start:stop])
     empty = [torch.zeros_like(memory) for memory in memories]
-    _copy(empty, range(start, stop), message, into=True)
+    copy_range(empty, range(start, stop), message, into=True)
     back = torch.cat([*empty, torch.empty(0, dtype=torch.uint8)])
     assert torch.equal(back[start:stop], whole[start:stop])
     assert not back[:start].any()

@@ -50,7 +50,7 @@ plans = st.builds(
     ),
     data=st.builds(DataConfig, shuffle=st.booleans(), drop_last=st.booleans(), workers=counts),
     validation=st.builds(ValidationConfig, every=counts, samples=counts),
-    checkpoint=st.builds(CheckpointConfig, every=counts, keep=positive, best=st.booleans()),
+    checkpoint=st.builds(CheckpointConfig, every=counts, keep=positive, best=st.booleans(), memory_every=counts),
     stop=st.builds(
         StopConfig,
         steps=st.none() | counts,
@@ -107,7 +107,7 @@ def test_every_field_changes_the_hash() -> None:
         "compute": {"device": "cpu", "precision": "bf16", "clip_norm": 1.0, "threads": 1},
         "data": {"shuffle": False, "drop_last": True, "workers": 1},
         "validation": {"every": 99, "samples": 1},
-        "checkpoint": {"every": 99, "keep": 3, "best": False},
+        "checkpoint": {"every": 99, "keep": 3, "best": False, "memory_every": 7},
         "stop": {"steps": 1, "epochs": 2, "seconds": 1.0, "until": "val_loss<=1", "patience": 1},
     }
     changed = [dataclasses.replace(base, seed=1), dataclasses.replace(base, codec=Bf16Config())]
@@ -235,6 +235,20 @@ def test_a_resolved_plan_leaves_nothing_open_and_resolves_to_itself(world_size: 
         (
             "[elastic]\nmin_nodes = 1\n[sync]\nkind = 'gossip'\ntopology = 'edges'\nedges = [[0, 1], [1, 2]]",
             r"min_nodes does not fit sync\.topology edges",
+        ),
+        ("[elastic]\nmin_nodes = 1\n[layout]\ntensor = 3", r"min_nodes does not fit layout\.tensor = 3: how matrices"),
+        ("[elastic]\nmin_nodes = 1\n[layout]\npipeline = 3", r"min_nodes does not fit layout\.pipeline = 3: each rank"),
+        (
+            "[elastic]\nmin_nodes = 1\n[layout]\nshard = 3\n[codec]\nkind = 'int8'",
+            r"min_nodes with layout\.shard = 3 does not fit codec int8",
+        ),
+        (
+            "[elastic]\nmin_nodes = 1\n[layout]\nshard = 3\n[sync]\nkind = 'gossip'",
+            r"min_nodes with layout\.shard = 3 does not fit sync gossip",
+        ),
+        (
+            "[elastic]\nmin_nodes = 1\n[layout]\nshard = 3\n[checkpoint]\nevery = 'auto'",
+            r"min_nodes with layout\.shard = 3 does not fit checkpoint\.every = auto",
         ),
         ("[checkpoint]\nevery = 'auto'\n[sync]\nkind = 'gossip'", r"checkpoint\.every = auto does not fit sync gossip"),
         ("[elastic]\nleave_out_slower_than = 1.1", r"leave_out_slower_than is 1\.1, but below 1\.3 times"),

@@ -17,7 +17,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from shoal.errors import PeerLostError
-from shoal.wire.groups import World
+from shoal.wire.groups import World, lost_peers_named
 
 rank, port = int(sys.argv[1]), int(sys.argv[2])
 base = dist.TCPStore("127.0.0.1", port, None, rank == 0, wait_for_workers=False, timeout=timedelta(seconds=60))
@@ -27,6 +27,10 @@ def view(epoch, members):
     world = World(dist.PrefixStore(f"view/{epoch}", base), members.index(rank), len(members), cpu, exempt_ports=[port])
     world.connect()
     return world
+
+def gather_shards():
+    with lost_peers_named():
+        dist.all_gather_into_tensor(torch.empty(6), torch.ones(2), group=layout)
 
 def waited(action):
     started = time.perf_counter()
@@ -38,6 +42,8 @@ def waited(action):
 
 first = view(1, [0, 1, 2])
 extra = first.group("extra", [0, 1, 2])
+layout = first.process_group("layout", [0, 1, 2])
+gather_shards()
 told = {"sum": first.sum([rank + 1.0])}
 made = []
 beside = threading.Thread(target=lambda: made.append(view(2, [0, 1, 2])))
@@ -53,8 +59,13 @@ if rank == 2:
     os.kill(os.getpid(), signal.SIGSTOP)  # silent, its sockets open: nothing would ever end what waits for it
     os._exit(0)
 threading.Timer(0.5, first.cut).start()
+in_layout = []
+inside = threading.Thread(target=lambda: in_layout.append(waited(gather_shards)))
+inside.start()
 told["cut"] = waited(lambda: first.sum([1.0]))
 told["after the cut"] = waited(lambda: first.sum([1.0]))
+inside.join()
+told["a layout"] = in_layout[0]
 told["another group"] = waited(lambda: first.group("late", [0, 1]).barrier())
 base.set(f"cut/{rank}", "")  # the store's connection is nobody's of this view
 base.wait([f"cut/{other}" for other in range(2)], timedelta(seconds=60))
@@ -111,6 +122,14 @@ def test_a_cut_frees_who_waits_for_a_peer_that_is_silent(told: list[dict[str, An
         assert "most likely because another rank ended" in message
 
 
+def test_a_cut_frees_who_waits_inside_a_layouts_collective(told: list[dict[str, Any]]) -> None:
+    """As a sharded model does in forward: torch.distributed's own functions, and no group of them all."""
+    for rank in told[:2]:
+        seconds, message = rank["a layout"]
+        assert 0.3 < seconds < 3.0
+        assert "an operation between ranks failed" in message
+
+
 def test_after_a_cut_nothing_of_the_view_works_any_more(told: list[dict[str, Any]]) -> None:
     for rank in told[:2]:
         assert rank["after the cut"][0] < 1.0
@@ -120,7 +139,7 @@ def test_after_a_cut_nothing_of_the_view_works_any_more(told: list[dict[str, Any
 def test_a_closed_view_gives_its_sockets_back(told: list[dict[str, Any]]) -> None:
     for rank in told[:2]:
         before, after = rank["descriptors"]
-        assert after <= before - 4, "two groups, each with two peers"
+        assert after <= before - 6, "three groups, each with two peers"
 
 
 def test_survivors_form_another_view(told: list[dict[str, Any]]) -> None:

@@ -364,6 +364,13 @@ def _on_view(history: History, event: Event) -> None:
     history.members.add(event, rank, history.at(event))
 
 
+def _on_rolled_back(history: History, event: Event) -> None:
+    step, before = _count(event, "step"), _count(event, "from_step")
+    source = "a checkpoint on disk" if event.get("state_from") == "disk" else "memory"
+    _forget_from(history, step + 1)
+    _warn(history, event, f"shards were lost: training went back from step {before} to {step}, {source}")
+
+
 def _on_worker_exited(history: History, event: Event) -> None:
     history.exit_codes[_count(event, "rank")] = _count(event, "exit_code")
 
@@ -383,6 +390,7 @@ _HANDLERS: dict[str, Callable[[History, Event], None]] = {
     "error": _on_error,
     "run_finished": _on_run_finished,
     "view": _on_view,
+    "rolled_back": _on_rolled_back,
     "waiting": _on_warning,
     "stuck": _on_warning,
     "worker_exited": _on_worker_exited,

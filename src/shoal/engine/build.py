@@ -24,7 +24,7 @@ from shoal.engine.layout.divide import Divided, Task, divide
 from shoal.engine.layout.lanes import Lanes
 from shoal.engine.layout.pipeline.line import Line
 from shoal.engine.layout.pipeline.trace import Call, Traced, call_of
-from shoal.engine.layout.place import take_place
+from shoal.engine.layout.place import Place, take_place
 from shoal.engine.layout.replica import Replica
 from shoal.engine.replicas import make_equal
 from shoal.errors import JobError, MachineError
@@ -73,6 +73,7 @@ class Connected:
         plan: resolved for so many ranks.
         lanes: for each lane its transports by group.
         aside: a group of all ranks that nobody uses in training; None: there is none.
+        place: where this rank stands in a layout whose groups end with a view; None: they do not, or there are none.
     """
 
     plan: Plan
@@ -82,6 +83,7 @@ class Connected:
     lanes: list[dict[str, Transport]]
     device: torch.device
     aside: Group | None = None
+    place: Place | None = None
 
 
 def choose_device(config: ComputeConfig, topology: Topology) -> torch.device:
@@ -116,12 +118,19 @@ def set_threads(config: ComputeConfig, topology: Topology) -> None:
 
 
 def build_parts(
-    job: Job, plan: Plan, topology: Topology, grid: Grid, device: torch.device, world: World | None
+    job: Job,
+    plan: Plan,
+    topology: Topology,
+    grid: Grid,
+    device: torch.device,
+    world: World | None,
+    place: Place | None = None,
 ) -> Parts:
     """Call the job's factories, all ranks from the same seed, and check what they make.
 
     Args:
         world: over which the models are made equal, collectively; None leaves that to whoever calls.
+        place: of this rank in a layout that divides replicas; default: one over torch.distributed's default group.
 
     Raises:
         JobError: a part is not what it should be; the message names it.
@@ -142,7 +151,10 @@ def build_parts(
         bf16=plan.compute.precision == "bf16",
         deferred=deferred,
     )
-    divided = _divide(model, plan, topology, grid, device, task)
+    if plan.layout.ranks_per_replica == 1:
+        divided = Divided(Replica.whole(model))
+    else:
+        divided = divide(model, place or take_place(plan.layout, grid, topology.rank, device), task)
     replica = divided.replica
     parameters = [held.local for held in replica.held]
     optimizer = job.optimizer(parameters)
@@ -150,13 +162,6 @@ def build_parts(
     schedule = job.schedule(optimizer) if job.schedule else None
     random_state.seed_all(plan.seed, grid.dice(topology.rank) + 1)
     return Parts(replica, divided.pipeline, divided.left_whole, optimizer, schedule, loader, validation)
-
-
-def _divide(model: nn.Module, plan: Plan, topology: Topology, grid: Grid, device: torch.device, task: Task) -> Divided:
-    if plan.layout.ranks_per_replica == 1:
-        return Divided(Replica.whole(model))
-    place = take_place(plan.layout, grid, topology.rank, device)
-    return divide(model, place, task)
 
 
 def _example(job: Job, loader: Loader) -> Call:

@@ -54,8 +54,8 @@ class Direct:
         self._replica.finish_backward()
 
     def _announce(self, total: Tensor, exchange: ReplicaExchange, ballot: Ballot) -> None:
-        total, (stop, save) = self._replica.agree(total, [ballot.stop, ballot.save])
-        exchange.before_last_backward(total, dataclasses.replace(ballot, stop=stop, save=save))
+        total, (stop, save, stay) = self._replica.agree(total, [ballot.stop, ballot.save, not ballot.turn])
+        exchange.before_last_backward(total, dataclasses.replace(ballot, stop=stop, save=save, turn=not stay))
 
 
 class Droppable:

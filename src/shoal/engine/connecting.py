@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from shoal.cluster.views import View
 from shoal.engine.build import Connected, connect_lanes
+from shoal.engine.layout.place import take_place_in_view
 from shoal.errors import PeerLostError
 from shoal.plan import Plan
 from shoal.strategy.topology import Topology
@@ -129,9 +130,10 @@ class Connecting:
         world.connect()
         topology = Topology(self._rank, tuple(member.node for member in view.members))
         connected = connect_lanes(self._plan, topology, world, self._device, self._pool)
-        if view.planned and self._plan.sync.kind == "allreduce":
-            # Newcomers are given their state while the others train: only the sums of all-reduce let them follow.
-            connected = dataclasses.replace(connected, aside=world.group("aside", range(size)))
+        place = take_place_in_view(self._plan.layout, connected.grid, world, self._device)
+        if place is not None or (view.planned and self._plan.sync.kind == "allreduce"):
+            # What travels while all train: copies of shards; a newcomer's state, which only all-reduce lets it follow.
+            connected = dataclasses.replace(connected, aside=world.group("aside", range(size)), place=place)
         return connected
 
 

@@ -17,6 +17,8 @@ from shoal.engine.newcomer import Newcomer
 from shoal.engine.own_pace import OwnPace
 from shoal.engine.pace import InStep
 from shoal.engine.patience import Endless, Watch
+from shoal.engine.shards.copies import Copies
+from shoal.engine.shards.gate import Gate
 from shoal.engine.stopping import StopRule
 from shoal.engine.stopwatch import Stopwatch
 from shoal.engine.turnover import Turnover
@@ -57,6 +59,7 @@ class Crew:
         cadence: says when checkpoints are due; None where the plan does.
         patience: is told when this rank does its own work, and waits for nobody.
         newcomer, giving: of a rank that comes into a view without state, and of one that gives it some.
+        gate, copies: where ranks that come and go hold a replica together; None elsewhere, and without copies.
     """
 
     parts: Parts
@@ -76,3 +79,5 @@ class Crew:
     newcomer: Newcomer | None = None
     giving: Giving | None = None
     patience: Watch = field(default_factory=Endless)
+    gate: Gate | None = None
+    copies: Copies | None = None

@@ -6,7 +6,7 @@ leaves as planned, the next view's connections are made while this one trains on
 step.
 
 What lasts as long as this process: the model, the optimizer, the data, the checkpoint writer. What lasts as long as a
-view: connections, buckets of gradients, the loop.
+view: connections, buckets of gradients, the loop. Where several ranks hold one replica, `shards/rank.py` does this.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from shoal.engine.exchange.gradients import GradientExchange
 from shoal.engine.exchange.ledger import Ledger
 from shoal.engine.experience import Experience
 from shoal.engine.farewell import save_alone
-from shoal.engine.following import COORDINATOR, Following
+from shoal.engine.following import COORDINATOR, NEIGHBOURS, Following
 from shoal.engine.garbage import spare_what_lasts
 from shoal.engine.handover import Outcome, hand_over, tell
 from shoal.engine.loop import TURN, Loop
@@ -50,6 +50,7 @@ from shoal.engine.progress import Progress
 from shoal.engine.replicas import make_equal
 from shoal.engine.restoring import restore
 from shoal.engine.rounds import Rounds, resume
+from shoal.engine.shards.rank import ShardedRank
 from shoal.engine.standing_in import StandingIn
 from shoal.engine.start import Start, target_of_run
 from shoal.engine.telling import Context, announce, conclude
@@ -65,7 +66,6 @@ from shoal.wire.groups import failures_as_lost_peers
 from shoal.wire.rendezvous import JOIN_TIMEOUT_S
 
 _SEAT, _NODE = "SHOAL_SEAT", "SHOAL_NODE"
-_NEIGHBOURS = "SHOAL_NODE_WORKERS"  # of this node, this one included: they share its cores
 
 
 DISK_PATIENCE_S = 60.0
@@ -99,10 +99,10 @@ def node_from(env: Mapping[str, str]) -> str:
 
 def work(start: Start) -> None:
     """Attend, train through view after view, and leave."""
-    keep_large_blocks()
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # until this worker is a member, and has to hand over first
     os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # loader processes are forked, and never talk to the coordinator
-    rank = _ElasticRank(start, os.environ)
+    sharded = load_plan(start.run.plan).layout.shard > 1
+    rank = ShardedRank(start, node_from(os.environ), os.environ) if sharded else _ElasticRank(start, os.environ)
     try:
         rank.train()
     except PeerLostError:
@@ -123,13 +123,14 @@ class _ElasticRank:
 
     def __init__(self, start: Start, env: Mapping[str, str]) -> None:
         """Make the job's parts, and say hello."""
+        keep_large_blocks()
         self._start, self._log = start, start.log
         self._plan = load_plan(start.run.plan)
         self._target = target_of_run(start.run)
         self._job = self._target.load()
         here = Topology(0, (node_from(env),))
         self._device = build.choose_device(self._plan.compute, here)
-        build.set_threads(self._plan.compute, Topology(0, here.nodes * int(env.get(_NEIGHBOURS, "1"))))
+        build.set_threads(self._plan.compute, Topology(0, here.nodes * int(env.get(NEIGHBOURS, "1"))))
         self._parts = _parts(self._job, self._plan, here, self._device, start.seat)
         self._progress: Progress | None = None
         self._course: Course | None = None

@@ -31,6 +31,7 @@ from shoal.wire.transport import MemoryPool
 
 COORDINATOR, TOKEN = "SHOAL_COORDINATOR", "SHOAL_TOKEN"
 _AUTHORITY = "SHOAL_AUTHORITY"  # the certificate that vouches for the coordinator; without it there is no TLS
+NEIGHBOURS = "SHOAL_NODE_WORKERS"  # of this node, this one included: they share its cores
 _WORD_S = 0.5  # how often a rank that waits looks whether there is something to tell
 
 
@@ -41,6 +42,7 @@ class Following:
         attendance: the coordinator's client.
         pool: memory that outlives a view.
         has_stopped: this rank was asked to stop while there were too few to train with.
+        latest: the view that was decided upon last, with this rank or without.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Following:
         self._current: Connecting | None = None
         self._next: Connecting | None = None
         self._excluded_from = 0  # the epoch of a view that does without us
+        self.latest: View | None = None
         self._lost_at: float | None = None
         self._step = 0
         self._is_leaving = False
@@ -150,6 +153,7 @@ class Following:
         """The coordinator decided who trains together. On its client's thread."""
         rank = view.rank_of(self._start.seat)
         with self._changed:
+            self.latest = view
             if self._next is not None:
                 self._next.close()
                 self._next = None

@@ -27,13 +27,13 @@ from torch import Tensor, nn
 from shoal.engine.build import Parts
 from shoal.engine.checkpoint import tree
 from shoal.engine.layout.optimizer_state import named_state
+from shoal.engine.memories import bytes_of, copy_range, pieces_of
 from shoal.engine.progress import Progress
 from shoal.engine.restoring import restore
 from shoal.errors import PeerLostError
 from shoal.wire.checksum import NUM_BYTES, check, checksum
 from shoal.wire.groups import Group, World, failures_as_lost_peers
 
-_PIECE_BYTES = 4 << 20
 _MOST_STEPS = 8
 """While a state travels its taker keeps each step's gradients, and later takes all those steps at once."""
 _NOTHING = -1
@@ -238,7 +238,7 @@ class Giving:
 
     def __init__(self, group: Group, tensors: list[Tensor], part: Roles, rank: int) -> None:
         self._group = group
-        self._memories = [_bytes_of(tensor.cpu()) for tensor in tensors]
+        self._memories = [bytes_of(tensor.cpu()) for tensor in tensors]
         self._part = part
         self._index = part.givers.index(rank)
         self._copied = threading.Event()
@@ -277,7 +277,7 @@ class Giving:
             start = pieces[0].start if pieces else 0
             copy = torch.empty(pieces[-1].stop - start if pieces else 0, dtype=torch.uint8)
             for piece in pieces:
-                _copy(self._memories, piece, copy[piece.start - start : piece.stop - start], into=False)
+                copy_range(self._memories, piece, copy[piece.start - start : piece.stop - start], into=False)
             self._copied.set()
             with contextlib.suppress(RuntimeError):  # a lost peer is noticed where training waits for it, too
                 self._send(iter(pieces), [copy], start)
@@ -285,14 +285,14 @@ class Giving:
             self._copied.set()
 
     def _pieces(self) -> Iterator[range]:
-        return _pieces(sum(map(len, self._memories)), self._index, len(self._part.givers))
+        return pieces_of(sum(map(len, self._memories)), self._index, len(self._part.givers))
 
     def _send(self, pieces: Iterator[range], memories: list[Tensor], start: int) -> None:
         under_way: list[Any] = []
         for number, piece in enumerate(pieces):
             self._wait_for_way(number)
             message = torch.empty(len(piece) + NUM_BYTES, dtype=torch.uint8)
-            _copy(memories, range(piece.start - start, piece.stop - start), message, into=False)
+            copy_range(memories, range(piece.start - start, piece.stop - start), message, into=False)
             message[len(piece) :] = checksum(message[: len(piece)])
             sent = [(message, self._group.send(message, taker)) for taker in self._part.takers]
             for _, work in under_way:
@@ -353,9 +353,9 @@ class Taking:
         Raises:
             PeerLostError: a piece arrived damaged.
         """
-        memories = [_bytes_of(tensor) for tensor in self.tensors.values()]
+        memories = [bytes_of(tensor) for tensor in self.tensors.values()]
         total, givers = sum(map(len, memories)), self._part.givers
-        streams = [(giver, _pieces(total, index, len(givers))) for index, giver in enumerate(givers)]
+        streams = [(giver, pieces_of(total, index, len(givers))) for index, giver in enumerate(givers)]
         while streams:
             arriving = []
             for giver, pieces in list(streams):
@@ -369,36 +369,10 @@ class Taking:
                 work.wait()
                 what = f"a piece of the state (bytes {piece.start} to {piece.stop}) from rank {giver}"
                 check(message[: len(piece)], message[len(piece) :], what)
-                _copy(memories, piece, message, into=True)
+                copy_range(memories, piece, message, into=True)
 
     def _run(self) -> None:
         try:
             self.take()
         except BaseException as error:
             self._error = error
-
-
-def _pieces(total: int, index: int, count: int) -> Iterator[range]:
-    """The ranges of bytes that giver `index` of `count` sends, in order."""
-    start, end = total * index // count, total * (index + 1) // count
-    for first in range(start, end, _PIECE_BYTES):
-        yield range(first, min(first + _PIECE_BYTES, end))
-
-
-def _copy(memories: Sequence[Tensor], piece: range, message: Tensor, *, into: bool) -> None:
-    """Copy a range of the memories' bytes, taken as one, to a message's beginning, or back."""
-    start = 0
-    for memory in memories:
-        first, last = max(piece.start - start, 0), min(piece.stop - start, len(memory))
-        if first < last:
-            there = message[start + first - piece.start : start + last - piece.start]
-            memory[first:last].copy_(there) if into else there.copy_(memory[first:last])
-        start += len(memory)
-        if start >= piece.stop:
-            return
-
-
-def _bytes_of(tensor: Tensor) -> Tensor:
-    """A tensor's memory as bytes, shape (n,); a copy if it is not contiguous."""
-    flat = tensor.contiguous().reshape(-1)
-    return flat.view(torch.uint8) if flat.numel() else torch.empty(0, dtype=torch.uint8)

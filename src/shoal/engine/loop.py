@@ -110,6 +110,8 @@ class Loop:
         """Let go of this view's connections; parts, progress and checkpoints go on in another loop."""
         self._crew.checkpoints.leave()
         self._crew.exchange.close(wait=True)
+        if self._crew.copies is not None:
+            self._crew.copies.close()
         self._crew.parts.replica.clear_gradients()
 
     @property
@@ -132,6 +134,10 @@ class Loop:
         due = verdict.save or _due(step, self._config.checkpoint_every)
         if best or (due and self._crew.checkpoints.saved_step != step):
             self._save(best=best)
+        copies = self._crew.copies
+        if copies is not None and copies.is_due(step):
+            self._stepper.average_buffers()
+            copies.begin(self.progress)
         if verdict.stop and reason is None:
             reason = "seconds" if self._crew.stop_rule.out_of_time(self.progress.seconds) else "interrupted"
         return reason

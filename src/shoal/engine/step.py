@@ -80,14 +80,15 @@ class Stepper:
             crew.exchange.clip(self._config.clip_norm)
         waited = time.perf_counter()
         rate = crew.parts.optimizer.param_groups[0]["lr"]
+        samples = reached.samples - self.progress.samples
+        reached = dataclasses.replace(reached, seconds=self._clock.seconds(), loss=verdict.loss)
         if self._newcomer is None:
-            self._update()
+            self._update(reached)
         else:
             self._newcomer.keep()
             crew.exchange.release()
         ended = time.perf_counter()
-        samples = reached.samples - self.progress.samples
-        self.progress = dataclasses.replace(reached, seconds=self._clock.seconds(), loss=verdict.loss)
+        self.progress = dataclasses.replace(reached, seconds=self._clock.seconds())
         if self._buffers is not None:
             self._buffers.commit()
         self._data_s = loaded - started
@@ -139,12 +140,14 @@ class Stepper:
         timed_out = self._config.rank == 0 and self._crew.stop_rule.out_of_time(self._clock.seconds())
         return timed_out or bool(self._crew.turnover.stop)
 
-    def _update(self) -> None:
+    def _update(self, reached: Progress) -> None:
         parts = self._crew.parts
         self._crew.exchange.install()
         self._crew.checkpoints.before_update()
         if self._crew.giving is not None:
             self._crew.giving.before_update()
+        if self._crew.gate is not None:
+            self._crew.gate.enter(reached)
         parts.optimizer.step()
         if parts.schedule is not None:
             parts.schedule.step()

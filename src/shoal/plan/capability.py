@@ -122,11 +122,7 @@ def _check_elastic(plan: Plan, world_size: int) -> None:
             "elastic.min_nodes does not fit sync.topology edges, whose edges name ranks that may be gone; take a "
             "topology that is made anew for those who are there: ring, torus, exponential or matching"
         )
-    if plan.layout.ranks_per_replica > 1:
-        raise PlanError(
-            "elastic.min_nodes does not fit a divided replica yet: the loss of one of its ranks loses values that no "
-            "other holds; take layout.replicate alone, or leave min_nodes out"
-        )
+    _check_elastic_layout(plan)
     if plan.codec.variance_every:
         raise PlanError(
             "elastic.min_nodes does not fit codec.variance_every: a newcomer has no momentum in units of a second "
@@ -155,6 +151,38 @@ def _check_tls(elastic: ElasticConfig) -> None:
             "elastic.tls_certificate is for the coordinator's connections, and without elastic.min_nodes there is no "
             "coordinator; set min_nodes, or leave it out"
         )
+
+
+def _check_elastic_layout(plan: Plan) -> None:
+    """Replicas that several ranks hold together, while ranks come and go."""
+    layout = plan.layout
+    for axis, why in _FIXED_AXES.items():
+        if getattr(layout, axis) > 1:
+            raise PlanError(
+                f"elastic.min_nodes does not fit layout.{axis} = {getattr(layout, axis)}: {why}, so a replica cannot "
+                "go on with a rank less; take layout.shard, which is divided anew over any number of ranks, or leave "
+                "min_nodes out"
+            )
+    if layout.shard == 1:
+        return
+    reasons = {
+        f"sync {plan.sync.kind}": (plan.sync.kind != "allreduce", "what a rank has told and not told is lost with it"),
+        f"codec {plan.codec.kind}": (plan.codec.kind != "none", "what it remembers belongs to one division"),
+        "checkpoint.every = auto": (plan.checkpoint.every == "auto", "it weighs losses that go back to the disk"),
+        "elastic.leave_out_slower_than": (bool(plan.elastic.leave_out_slower_than), "its ranks wait for each other"),
+    }
+    for what, (given, why) in reasons.items():
+        if given:
+            raise PlanError(
+                f"elastic.min_nodes with layout.shard = {layout.shard} does not fit {what}: {why}; leave one of the "
+                "two out"
+            )
+
+
+_FIXED_AXES = {
+    "tensor": "how matrices are cut depends on how many ranks cut them, heads and all",
+    "pipeline": "each rank has layers of its own",
+}
 
 
 def _check_balance(plan: Plan) -> None:

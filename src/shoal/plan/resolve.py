@@ -18,7 +18,7 @@ from shoal.plan import capability
 from shoal.plan.schema import Plan, StopConfig
 from shoal.plan.until import Until
 from shoal.strategy.layout.config import LayoutConfig
-from shoal.strategy.layout.grid import AXES, nearest_products
+from shoal.strategy.layout.grid import AXES, nearest_products, sharded_over
 from shoal.strategy.sync.parameter_server import ParameterServerConfig
 
 
@@ -87,12 +87,14 @@ def num_ranks(plan: Plan) -> int:
 
 
 def for_ranks(plan: Plan, world_size: int) -> Plan:
-    """A resolved plan of whole replicas for another number of them, with equal shares.
+    """A resolved plan for another number of ranks, with equal shares, sharded over no fewer if possible.
 
     Raises:
         PlanError: it does not fit so many.
     """
-    layout, batch = dataclasses.replace(plan.layout, replicate=None), dataclasses.replace(plan.batch, shares=None)
+    _, shard = sharded_over(world_size, plan.layout.shard)
+    layout = dataclasses.replace(plan.layout, replicate=None, shard=shard)
+    batch = dataclasses.replace(plan.batch, shares=None)
     return resolve_plan(dataclasses.replace(plan, layout=layout, batch=batch), world_size)
 
 

@@ -99,12 +99,15 @@ class CheckpointConfig:
             costs and how often nodes fail.
         keep: how many of the latest stay.
         best: keep also the one with the lowest validation loss.
+        memory_every: steps between copies of every shard in another node's memory, where ranks that come and go hold
+            one replica together; 0: none, and a loss goes back to the disk.
     """
 
     __pydantic_config__: ClassVar = STRICT
     every: Count | Literal["auto"] = 200
     keep: Positive = 2
     best: bool = True
+    memory_every: Count = 10
 
 
 @dataclass(frozen=True, kw_only=True)

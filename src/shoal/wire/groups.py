@@ -9,6 +9,7 @@ lost peer will never answer can be freed. Gloo has no such call (its `abort` lea
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import socket
 import stat
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import _register_process_group, _unregister_process_group
 
 from shoal.errors import PeerLostError
 
@@ -31,6 +33,7 @@ SILENCE_TIMEOUT_S = 1800.0
 """A peer silent for longer than this counts as lost; one that dies is noticed at once, by its closed connection."""
 _SILENCE = timedelta(seconds=SILENCE_TIMEOUT_S)
 _DESCRIPTORS = Path("/proc/self/fd")
+_NUMBERS = itertools.count()  # of process groups that torch.distributed knows by name
 
 
 def _never() -> bool:
@@ -86,6 +89,17 @@ class Group:
     def barrier(self) -> None:
         """Wait until every member is here."""
         next(iter(self._backends.values())).barrier().wait()
+
+    def as_process_group(self, store: dist.Store) -> dist.ProcessGroup:
+        """This group as torch.distributed's functions take it, known to it by a name of its own; not a second one."""
+        made = dist.ProcessGroup(store, self.index, self.size)
+        kinds = {"cpu": dist.ProcessGroup.BackendType.GLOO, "cuda": dist.ProcessGroup.BackendType.NCCL}
+        made._set_default_backend(kinds["cuda" if "cuda" in self._backends else "cpu"])
+        for device, backend in self._backends.items():
+            made._register_backend(torch.device(device), kinds[device], backend)
+        made._set_group_name(dist.GroupName(f"shoal-{next(_NUMBERS)}"))
+        _register_process_group(made.group_name, made)
+        return made
 
     def close(self) -> None:
         """Let the library close what nobody uses any more."""
@@ -202,6 +216,15 @@ class World:
         self._groups.append(group)
         return group
 
+    def process_group(self, name: str, members: Sequence[int]) -> dist.ProcessGroup:
+        """As `group`, in the form that torch.distributed's layouts take. It ends with the view, like all groups.
+
+        No default group is needed, so there is nothing global that one view would have to clear away for the next.
+        """
+        made = self.group(name, members).as_process_group(self.store)
+        self.on_close(lambda: _unregister_process_group(made.group_name))
+        return made
+
     def sum(self, values: Sequence[float]) -> list[float]:
         """Add float64 values up over all ranks, on the main thread. Collective.
 
@@ -301,3 +324,21 @@ def failures_as_lost_peers(what: str) -> Iterator[None]:
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise PeerLostError(f"{what} failed, most likely because another rank ended: {reason}") from error
+
+
+@contextmanager
+def lost_peers_named() -> Iterator[None]:
+    """For code that is not ours and talks to other ranks by itself, as a sharded model does in forward and backward.
+
+    Raises:
+        PeerLostError: an operation between ranks failed; whatever else is wrong is raised as it is.
+    """
+    try:
+        yield
+    except PeerLostError:
+        raise
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise PeerLostError(f"an operation between ranks failed, most likely because one ended: {reason}") from error

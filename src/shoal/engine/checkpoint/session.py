@@ -122,6 +122,12 @@ class CheckpointSession:
         if self._writer is not None:
             self._writer.wait()
 
+    def drain(self) -> None:
+        """Wait until this process writes nothing any more, in whatever view it was begun."""
+        self._private.wait()
+        if self._own_writer is not None:
+            self._own_writer.wait()
+
     def close(self) -> None:
         """Finish what was begun."""
         self._private.close()

@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shoal.strategy.layout.config import LayoutConfig
 from shoal.strategy.layout.grid import AXES, WITHIN, Grid
+from shoal.wire.groups import World
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class Place:
     Attributes:
         device: where this rank computes.
         mesh: the grid as torch.distributed sees it.
-        group: the ranks of this rank's replica; `peers`: the ranks of all replicas that stand here in the pipeline.
+        group: the ranks of this rank's replica; `peers`: the ranks of all replicas that stand here in the pipeline;
+            None: all ranks.
     """
 
     config: LayoutConfig
@@ -28,7 +30,7 @@ class Place:
     device: torch.device
     mesh: DeviceMesh
     group: dist.ProcessGroup
-    peers: dist.ProcessGroup
+    peers: dist.ProcessGroup | None
 
     def index(self, axis: str) -> int:
         """This rank's place on one axis."""
@@ -40,6 +42,24 @@ def take_place(config: LayoutConfig, grid: Grid, rank: int, device: torch.device
     mesh = DeviceMesh(device.type, torch.tensor(grid.ranks).reshape(grid.sizes), mesh_dim_names=AXES)
     group, peers = (_group(grid.groups(*axes), rank) for axes in (WITHIN, ("replicate", "shard", "tensor")))
     return Place(config, grid, rank, device, mesh, group, peers)
+
+
+def take_place_in_view(config: LayoutConfig, grid: Grid, world: World, device: torch.device) -> Place | None:
+    """The same over groups that end with a view; None if nothing is divided. Only for the axis shard. Collective.
+
+    Raises:
+        PeerLostError: a rank could not be reached, or the view was cut.
+    """
+    if config.ranks_per_replica == 1:
+        return None
+    members = grid.group(world.rank, "shard")
+    group, within = (world.process_group(f"shard/{use}", members) for use in ("model", "sums"))
+    places, own = torch.arange(len(members)), members.index(world.rank)
+    mesh = DeviceMesh(device.type, places, mesh_dim_names=("shard",), _init_backend=False, _rank=own)
+    # What DeviceMesh.from_group does, less its look at global ranks, which a group of a view does not have.
+    mesh._dim_group_names = [group.group_name]
+    mesh._pg_registry[group.group_name] = group
+    return Place(config, grid, world.rank, device, mesh, within, None)
 
 
 def _group(groups: list[list[int]], rank: int) -> dist.ProcessGroup:

@@ -78,6 +78,15 @@ def arrange(config: LayoutConfig, nodes: Sequence[str]) -> Grid:
     return Grid(sizes, tuple(sorted(range(len(nodes)), key=lambda rank: (order[nodes[rank]], rank))))
 
 
+def sharded_over(num_ranks: int, least: int) -> tuple[int, int]:
+    """(replicate, shard) for so many ranks: as many replicas as leave each rank no more than 1 / `least` of one.
+
+    With fewer ranks than `least`, all of them together hold one replica, and each holds more than it was planned to.
+    """
+    shard = next((size for size in range(least, num_ranks) if num_ranks % size == 0), num_ranks)
+    return num_ranks // shard, shard
+
+
 def replicas(grid: Grid, topology: Topology) -> Topology:
     """This rank's place among those that hold the same part of the other replicas."""
     peers = grid.group(topology.rank, "replicate")

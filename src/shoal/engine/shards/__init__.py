@@ -1,0 +1,1 @@
+"""Replicas that several ranks hold together, while ranks come and go."""
