@@ -24,6 +24,7 @@ from shoal.engine.checkpoint.archive import Archive
 from shoal.engine.checkpoint.session import CheckpointSession
 from shoal.engine.connecting import Connecting
 from shoal.engine.following import NEIGHBOURS, Following
+from shoal.engine.garbage import spare_what_lasts
 from shoal.engine.loop import TURN, Loop
 from shoal.engine.progress import Progress
 from shoal.engine.restoring import restore
@@ -75,6 +76,7 @@ class ShardedRank:
         self._dice: dict[str, Any] | None = None
         self._has_begun = False
         self._step = 0
+        spare_what_lasts()
         self.views = Following(start, self._plan, self._target, self._device, node, env)
 
     def train(self) -> None:
