@@ -231,7 +231,10 @@ def test_a_resolved_plan_leaves_nothing_open_and_resolves_to_itself(world_size: 
             "[batch]\nbalance = true\n[codec]\nkind = 'int8'\nvariance_every = 8",
             r"balance does not fit codec\.v",
         ),
-        ("[elastic]\nmin_nodes = 1\n[sync]\nkind = 'local'\n[layout]\nshard = 3", r"min_nodes with layout.shard = 3 does not fit sync local"),
+        (
+            "[elastic]\nmin_nodes = 1\n[sync]\nkind = 'local'\n[layout]\nshard = 3",
+            r"min_nodes with layout.shard = 3 does not fit sync local",
+        ),
         (
             "[elastic]\nmin_nodes = 1\n[sync]\nkind = 'gossip'\ntopology = 'edges'\nedges = [[0, 1], [1, 2]]",
             r"min_nodes does not fit sync\.topology edges",

@@ -115,16 +115,23 @@ class ShardedRank:
         Raises:
             PeerLostError: a member was lost; what this rank holds is that of the last committed step.
         """
-        began, before = time.perf_counter(), self._before
-        self._before = connecting
+        before, self._before = self._before, connecting
+        try:
+            loop, entry, connected, context = self._go_over(connecting)
+        finally:
+            if before is not None:
+                threading.Thread(target=before.close, daemon=True, name="shoal-closing").start()
+        return self._follow(loop, entry.live, connected, context)
+
+    def _go_over(self, connecting: Connecting) -> tuple[Loop, _Entry, Connected, Context]:
+        """Go over to a view: put the state together, and build what is of this view."""
+        began = time.perf_counter()
         connected = self.views.connected(connecting)
         connected_at = time.perf_counter()
         checkpoints = self._checkpoints_in(connected)
         with lost_peers_named():
             entry = self._enter(connecting.view, connected, checkpoints)
             agreed_at = time.perf_counter()
-            if before is not None:
-                threading.Thread(target=before.close, daemon=True, name="shoal-closing").start()
             loop = self._loop(connecting.view, connected, entry, checkpoints)
         self.views.attendance.entered(connecting.view.epoch)
         self._tell_of(connecting.view, connected, entry, (began, connected_at, agreed_at))
@@ -137,7 +144,7 @@ class ShardedRank:
             announce(context, loop)
         if connected.topology.rank == 0:
             explain_layout(context, entry.parts)
-        return self._follow(loop, entry.live, connected, context)
+        return loop, entry, connected, context
 
     def _loop(self, view: View, connected: Connected, entry: _Entry, checkpoints: CheckpointSession) -> Loop:
         plan, live = connected.plan, entry.live
