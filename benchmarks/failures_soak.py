@@ -30,7 +30,8 @@ from shoal.plan import Plan
 from shoal.plan.schema import BatchConfig, CheckpointConfig, ComputeConfig, ElasticConfig, StopConfig, ValidationConfig
 from shoal.training import Where, execute
 
-KINDS = ("kill", "freeze", "slow", "cut", "slow_link", "join", "kill_coordinator", "preempt")
+# What is named more often is drawn more often. Joins no more often than preemptions: else ever more workers wait.
+KINDS = ("kill",) * 3 + ("freeze",) * 2 + ("cut",) * 2 + ("slow", "slow_link", "join", "preempt", "kill_coordinator")
 JOB = f"{Path(__file__).parents[1] / 'examples' / 'digits.py'}:job"
 NUM_SAMPLES, BATCH = 1437, 64
 _STEPS_AN_EPOCH = math.ceil(NUM_SAMPLES / BATCH)

@@ -40,7 +40,7 @@ from shoal.engine.exchange.ledger import Ledger
 from shoal.engine.experience import Experience
 from shoal.engine.farewell import save_alone
 from shoal.engine.following import COORDINATOR, NEIGHBOURS, Following
-from shoal.engine.garbage import spare_what_lasts
+from shoal.engine.garbage import let_go, spare_what_lasts
 from shoal.engine.handover import Outcome, hand_over, tell
 from shoal.engine.loop import TURN, Loop
 from shoal.engine.newcomer import Newcomer
@@ -200,7 +200,7 @@ class _ElasticRank:
         finally:
             if before is not None:
                 # Not earlier: nobody is there any more who waits for what this rank sent last. And beside training.
-                threading.Thread(target=before.close, daemon=True, name="shoal-closing").start()
+                threading.Thread(target=let_go, args=(before.close,), daemon=True, name="shoal-closing").start()
         outcome.begin()
         return self._follow(loop, context)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -24,7 +23,7 @@ from shoal.engine.checkpoint.archive import Archive
 from shoal.engine.checkpoint.session import CheckpointSession
 from shoal.engine.connecting import Connecting
 from shoal.engine.following import NEIGHBOURS, Following
-from shoal.engine.garbage import spare_what_lasts
+from shoal.engine.garbage import let_go, spare_what_lasts
 from shoal.engine.loop import TURN, Loop
 from shoal.engine.progress import Progress
 from shoal.engine.restoring import restore
@@ -120,7 +119,7 @@ class ShardedRank:
             loop, entry, connected, context = self._go_over(connecting)
         finally:
             if before is not None:
-                threading.Thread(target=before.close, daemon=True, name="shoal-closing").start()
+                threading.Thread(target=let_go, args=(before.close,), daemon=True, name="shoal-closing").start()
         return self._follow(loop, entry.live, connected, context)
 
     def _go_over(self, connecting: Connecting) -> tuple[Loop, _Entry, Connected, Context]:
@@ -227,7 +226,6 @@ class ShardedRank:
         self._held.add(live)
         world.sum([0.0])  # who has gone on from here needs no older state
         self._held.settle(told, needs_copies=_needs_copies(connected))
-        gc.collect()  # the model of the view before, whose modules refer to each other
         if last is not None and last.step > progress.step and rank == 0:
             self._log.write("rolled_back", step=progress.step, from_step=last.step, state_from=origin)
         took = choice is not None and not told[rank]
