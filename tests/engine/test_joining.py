@@ -12,17 +12,16 @@ from pathlib import Path
 
 import psutil
 import pytest
-from test_elastic import (
-    NUM_SAMPLES,
-    REFERENCE,
+from allreduce_runs import (
     assert_as_plain_pytorch,
     assert_each_sample_once,
     assert_nothing_runs,
     causes,
     committed,
-    events,
     plan,
 )
+from elastic_runs import events
+from replicas import NUM_SAMPLES, TARGET
 
 from certificates import make_certificate
 from command_line import Ended, Training, joining, train, training
@@ -102,7 +101,7 @@ def story(tmp_path_factory: pytest.TempPathFactory, machines: tuple[Machine, Mac
     """
     folder, (here, there) = tmp_path_factory.mktemp("story"), machines
     run, code = folder / "run", folder / "reference.py"
-    shutil.copy(REFERENCE.removesuffix(":job"), code)
+    shutil.copy(TARGET.removesuffix(":job"), code)
     tls = ""
     if HAS_OPENSSL:
         make_certificate(folder / "c.pem", folder / "c.key", address=here.address)
@@ -124,7 +123,7 @@ def story(tmp_path_factory: pytest.TempPathFactory, machines: tuple[Machine, Mac
         code.write_text(code.read_text() + "\n# not what the others train\n")
         with joining(run, prefix=there.prefix) as guest:
             told.joins["refused"] = guest.wait()
-        shutil.copy(REFERENCE.removesuffix(":job"), code)
+        shutil.copy(TARGET.removesuffix(":job"), code)
         with joining(run, "--workers", "2", "--json", prefix=there.prefix) as guest:
             wait_until_it_trains(handle, 5)
             wait_until_it_trains(handle, 6)
@@ -227,7 +226,7 @@ def made_run(folder: Path, elastic: str) -> Run:
     for path in (run.path, run.events, run.logs):
         path.mkdir()
     write_atomic(run.plan, dump_plan(resolve_plan(parse_plan(elastic, origin="the test's plan"), 2)).encode())
-    run.write_info({"job": REFERENCE, "arguments": {}, "id": "r"})
+    run.write_info({"job": TARGET, "arguments": {}, "id": "r"})
     return run
 
 
@@ -282,7 +281,7 @@ def test_what_nobody_could_join_is_refused_before_there_is_a_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     given = [*plan(tmp_path, elastic=elastic), "--nodes", "2", *options]
-    monkeypatch.setattr("sys.argv", ["shoal", "train", REFERENCE, "--run", str(tmp_path / "run"), *given])
+    monkeypatch.setattr("sys.argv", ["shoal", "train", TARGET, "--run", str(tmp_path / "run"), *given])
     with pytest.raises(SystemExit):
         main()
     assert told in capsys.readouterr().err
@@ -294,7 +293,7 @@ def test_a_certificate_for_another_address_is_told_before_any_worker_starts(tmp_
     """Workers would ask for ever to be let in."""
     make_certificate(tmp_path / "c.pem", tmp_path / "c.key", address="192.0.2.1")
     tls = f'tls_certificate = "{tmp_path / "c.pem"}"\ntls_key = "{tmp_path / "c.key"}"'
-    ended = train(REFERENCE, tmp_path / "run", *plan(tmp_path, elastic=tls), "--nodes", "2", "--steps", "1")
+    ended = train(TARGET, tmp_path / "run", *plan(tmp_path, elastic=tls), "--nodes", "2", "--steps", "1")
     assert ended.code == 1
     assert "subjectAltName = IP:127.0.0.1" in ended.stderr
     assert "Traceback" not in ended.stderr
@@ -309,7 +308,7 @@ def test_without_a_free_place_it_waits_and_says_so_and_comes_in_when_one_is(
     here, there = machines
     given = [*plan(tmp_path, min_nodes=1, elastic="max_nodes = 2"), "--nodes", "2", "--set", "nap_s=0.02"]
     run = tmp_path / "run"
-    with training(REFERENCE, run, *given, "--address", here.address, "--json", prefix=here.prefix) as handle:
+    with training(TARGET, run, *given, "--address", here.address, "--json", prefix=here.prefix) as handle:
         handle.wait_for_step(5)
         with joining(run, "--json", prefix=there.prefix) as guest:
             handle.wait_for(lambda e: e["kind"] == "waiting" and e["source"] == "rank-2")
@@ -339,7 +338,7 @@ def test_when_all_is_killed_but_the_guest_it_ends_by_itself_and_says_why(
     here, there = machines
     given = [*plan(tmp_path), "--nodes", "2", "--set", "nap_s=0.02", "--address", here.address]
     run = tmp_path / "run"
-    with training(REFERENCE, run, *given, prefix=here.prefix) as handle:
+    with training(TARGET, run, *given, prefix=here.prefix) as handle:
         handle.wait_for_step(5)
         with joining(run, prefix=there.prefix) as guest:
             wait_until_it_trains(handle, 2)
@@ -365,7 +364,7 @@ def test_ctrl_c_while_it_still_comes_in_stops_nobody_else(tmp_path: Path) -> Non
         return lambda: any(event["source"] == f"rank-{seat}" for event in events(Run(run), kind))
 
     moments = [lambda: bool(list(run.glob("coordinator/seats-*/seat-1"))), has(2, "coordinator_found"), has(3, "view")]
-    with training(REFERENCE, run, *given) as handle:
+    with training(TARGET, run, *given) as handle:
         handle.wait_for_step(5)
         for moment in moments:
             with joining(run, "--json") as guest:
