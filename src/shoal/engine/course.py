@@ -58,6 +58,24 @@ class Course:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Crossing:
+    """What a rank has in hand on its way into a view.
+
+    Attributes:
+        course: of the view that it trained in last; a newcomer has none.
+        world: the new view's.
+    """
+
+    job: Job
+    parts: Parts
+    course: Course | None
+    world: World
+    checkpoints: CheckpointSession
+    turnover: Turnover
+    log: EventLog
+
+
+@dataclass(frozen=True, kw_only=True)
 class Lost:
     """What went with a rank: its parts of the steps from `first_step` to `last_step`, counted from 1."""
 
@@ -109,29 +127,23 @@ def agree_on_round(world: World, outcome: Outcome, own: Round | None) -> Round |
     return dataclasses.replace(told, used=own.used if is_same and own is not None else frozenset())
 
 
-def make_up(
-    job: Job,
-    parts: Parts,
-    course: Course,
-    world: World,
-    checkpoints: CheckpointSession,
-    progress: Progress,
-    turnover: Turnover,
-    log: EventLog,
-    *,
-    last: int,
-    alone: Alone | None = None,
-) -> None:
-    """Take this rank's steps up to `last` by itself, as `course` divided them. Nobody is waited for.
+def make_up(crossing: Crossing, progress: Progress, *, last: int, alone: Alone | None = None) -> None:
+    """Take this rank's steps up to `last` by itself, as the course divided them. Nobody is waited for.
 
-    `alone`: in place of the exchange; default: that of a gossip.
+    Args:
+        progress: how far this rank is.
+        alone: in place of the exchange; default: that of a gossip.
     """
-    connected = dataclasses.replace(course.connected, world=world)
+    course, parts = crossing.course, crossing.parts
+    assert course is not None, "whoever has no course has no steps of its own"
+    connected = dataclasses.replace(course.connected, world=crossing.world)
     alone = alone or Alone(parts.replica, connected.topology.rank, connected.topology.world_size)
     own = dataclasses.replace(parts, loader=course.loader)
-    loop = assemble(job, own, connected, alone, checkpoints, progress, turnover, log)
+    loop = assemble(
+        crossing.job, own, connected, alone, crossing.checkpoints, progress, crossing.turnover, crossing.log
+    )
     loop.take_steps(last)
-    log.write("made_up", step=last, steps=last - progress.step)
+    crossing.log.write("made_up", step=last, steps=last - progress.step)
 
 
 def share_of(course: Course, rank: int, ahead: int) -> int:

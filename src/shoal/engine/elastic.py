@@ -24,19 +24,17 @@ from collections.abc import Mapping
 import torch
 
 from shoal.cluster.views import View
-from shoal.cluster.whereabouts import Whereabouts
 from shoal.engine import build, random_state
+from shoal.engine.apart import Carried, among, go_on_apart, settle_apart
 from shoal.engine.assemble import assemble, divide_as_planned, keep_cadence
 from shoal.engine.build import Connected, Parts
 from shoal.engine.checkpoint.archive import Archive
 from shoal.engine.checkpoint.session import CheckpointSession
 from shoal.engine.connecting import Connecting
-from shoal.engine.course import Course, agree_on_round, lost_samples, make_up
+from shoal.engine.course import Course, Crossing
 from shoal.engine.division import Division
 from shoal.engine.exchange import UNEQUAL
-from shoal.engine.exchange.base import Among
 from shoal.engine.exchange.gradients import GradientExchange
-from shoal.engine.exchange.ledger import Ledger
 from shoal.engine.experience import Experience
 from shoal.engine.farewell import save_alone
 from shoal.engine.following import COORDINATOR, NEIGHBOURS, Following
@@ -44,26 +42,21 @@ from shoal.engine.garbage import let_go, spare_what_lasts
 from shoal.engine.handover import Outcome, hand_over, tell
 from shoal.engine.loop import TURN, Loop
 from shoal.engine.newcomer import Newcomer
-from shoal.engine.own_pace import Round
 from shoal.engine.patience import Endless, Patience, Watch, end_this_process
 from shoal.engine.progress import Progress
 from shoal.engine.replicas import make_equal
 from shoal.engine.restoring import restore
-from shoal.engine.rounds import Rounds, resume
 from shoal.engine.shards.rank import ShardedRank
-from shoal.engine.standing_in import StandingIn
 from shoal.engine.start import Start, target_of_run
 from shoal.engine.telling import Context, announce, conclude
 from shoal.engine.turnover import Turnover
 from shoal.errors import PeerLostError, RendezvousError, RunEnded
 from shoal.job.job import Job
-from shoal.plan import Plan, for_ranks, load_plan, num_servers
+from shoal.plan import Plan, for_ranks, load_plan
 from shoal.strategy.layout.grid import arrange
-from shoal.strategy.sync.local import LocalConfig
 from shoal.strategy.topology import Topology
 from shoal.wire.blocks import keep_large_blocks
 from shoal.wire.groups import failures_as_lost_peers
-from shoal.wire.rendezvous import JOIN_TIMEOUT_S
 
 _SEAT, _NODE = "SHOAL_SEAT", "SHOAL_NODE"
 
@@ -134,8 +127,7 @@ class _ElasticRank:
         self._parts = _parts(self._job, self._plan, here, self._device, start.seat)
         self._progress: Progress | None = None
         self._course: Course | None = None
-        self._midway: Round | None = None
-        self._ledger: Ledger | None = None
+        self._carried = Carried()
         self._fills_servers = False
         self._apart = self._plan.sync.kind in UNEQUAL
         self._checkpoints: CheckpointSession | None = None
@@ -217,7 +209,14 @@ class _ElasticRank:
         outcome = self._take_state(connected, checkpoints)
         assert outcome.progress is not None
         if self._apart:
-            self._go_on_apart(view, connected, outcome, outcome.progress, checkpoints, turnover)
+            assert self._progress is not None
+            crossing = Crossing(
+                job=self._job, parts=self._parts, course=self._course, world=connected.world, checkpoints=checkpoints,
+                turnover=turnover, log=self._log,
+            )  # fmt: skip
+            go_on_apart(crossing, self._carried, outcome, self._progress, self._start, connected.plan, view)
+            self._progress = outcome.progress  # before anything else can fail: those steps are taken
+            settle_apart(crossing, self._carried, outcome, view)
         num_lost = self._share_experience(connected, outcome, before, view)
         connected, division = self._divided(view, connected, outcome)
         parts = self._parts
@@ -229,8 +228,9 @@ class _ElasticRank:
         )
         agreed_at = time.perf_counter()
         exchange = build.build_exchange(
-            parts, connected, self._log, outcome.progress.step, self._among(view), self._ledger
-        )
+            parts, connected, self._log, outcome.progress.step, among(self._start.run, self._plan, view),
+            self._carried.ledger,
+        )  # fmt: skip
         if self._fills_servers:
             held = checkpoints.restore_private(0)  # rank 0 kept it for all
             exchange.load_state_dict({**(held or {}), "coder": None})
@@ -241,7 +241,7 @@ class _ElasticRank:
             newcomer = Newcomer(outcome.taking, parts, exchange)
         loop = assemble(
             self._job, parts, connected, exchange, checkpoints, outcome.progress, turnover, self._log,
-            division=division, midway=self._midway, cadence=cadence, newcomer=newcomer, giving=outcome.giving,
+            division=division, midway=self._carried.midway, cadence=cadence, newcomer=newcomer, giving=outcome.giving,
             patience=self._patience,
         )  # fmt: skip
         self.views.attendance.entered(view.epoch)
@@ -275,7 +275,7 @@ class _ElasticRank:
             raise
         finally:
             self._progress = loop.progress if loop.has_state else None
-            self._midway = loop.midway
+            self._carried.midway = loop.midway
             self._experience = loop.experience
             loop.leave_view()
             self.views.pool.release()
@@ -319,7 +319,7 @@ class _ElasticRank:
         epoch = self._course.epoch if self._course else 0
         outcome = hand_over(
             world, self._parts, self._progress, connected.aside,
-            epoch=epoch, apart=self._apart, midway=self._midway is not None,
+            epoch=epoch, apart=self._apart, midway=self._carried.midway is not None,
         )  # fmt: skip
         reached, roles = outcome.progress, outcome.roles
         if reached is None:
@@ -339,61 +339,6 @@ class _ElasticRank:
                     "was given theirs",
                 )
         return outcome
-
-    def _among(self, view: View) -> Among:
-        count = num_servers(self._plan)
-        found = Whereabouts(self._start.run).find(count, JOIN_TIMEOUT_S)
-        return Among(epoch=view.epoch, seats=view.seats, servers=found.addresses, lost_servers=found.lost)
-
-    def _go_on_apart(
-        self,
-        view: View,
-        connected: Connected,
-        outcome: Outcome,
-        reached: Progress,
-        checkpoints: CheckpointSession,
-        turnover: Turnover,
-    ) -> None:
-        """Each with a replica of its own: take the steps that this one lacks, and tell what is lost."""
-        course, roles, rank = self._course, outcome.roles, connected.topology.rank
-        assert self._progress is not None
-        if getattr(connected.plan.sync, "mode", "") in ("asynchronous", "async"):
-            self._midway = agree_on_round(connected.world, outcome, self._midway)
-            self._progress = reached
-            return
-        if isinstance(connected.plan.sync, LocalConfig):
-            if self._ledger is None:
-                self._ledger = Ledger.of(self._parts.replica, connected.plan.sync, reached.step)
-            if roles.teller is None and self._start.resume:
-                resume(self._ledger, checkpoints.restore_private(0), connected.world, self._log)
-            rounds = Rounds(
-                job=self._job, parts=self._parts, course=course, world=connected.world, checkpoints=checkpoints,
-                turnover=turnover, log=self._log,
-            )  # fmt: skip
-            rounds.go_on(self._ledger, outcome, self._progress)
-            self._progress = reached
-            rounds.settle(self._ledger, outcome, view.seats)
-            return
-        keeping = {seat: outcome.standings[r].step for r, seat in enumerate(view.seats) if r not in roles.takers}
-        if connected.plan.sync.kind == "parameter_server":
-            StandingIn(
-                job=self._job, parts=self._parts, course=course, among=self._among(view), world=connected.world,
-                checkpoints=checkpoints, turnover=turnover, log=self._log,
-            ).bring(self._start.seat, outcome, keeping, reached.step)  # fmt: skip
-            self._progress = reached
-            return
-        if course is not None and rank not in roles.takers and self._progress.step < reached.step:
-            make_up(
-                self._job, self._parts, course, connected.world, checkpoints, self._progress, turnover, self._log,
-                last=reached.step,
-            )  # fmt: skip
-        self._progress = reached
-        if course is None or rank != roles.teller:
-            return
-        for lost in lost_samples(course, keeping, reached.step):
-            self._log.write("samples_lost", **dataclasses.asdict(lost))
-        if connected.plan.codec.kind != "none":
-            self._log.write("gossip_memory_reset", step=reached.step, epoch=view.epoch)
 
     def _tell_of(
         self, view: View, connected: Connected, outcome: Outcome, began: float, connected_at: float, agreed_at: float

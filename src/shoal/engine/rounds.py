@@ -20,16 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shoal.engine.build import Parts
-from shoal.engine.checkpoint.session import CheckpointSession
-from shoal.engine.course import Course, Lost, make_up, share_of
+from shoal.engine.course import Course, Crossing, Lost, make_up, share_of
 from shoal.engine.exchange.alone import CountedAlone
 from shoal.engine.exchange.ledger import Held, Ledger
 from shoal.engine.handover import Giving, Outcome, Roles, Standing, Taking, digest, roles
 from shoal.engine.progress import Progress
-from shoal.engine.turnover import Turnover
 from shoal.events import EventLog
-from shoal.job.job import Job
 from shoal.wire.groups import World, failures_as_lost_peers
 
 _NOTHING = Standing(-1, -1, 0)
@@ -91,16 +87,8 @@ def lost_since(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rounds:
-    """One rank's part in it. `course`: the view that it trained in last; a newcomer has none of this run's."""
-
-    job: Job
-    parts: Parts
-    course: Course | None
-    world: World
-    checkpoints: CheckpointSession
-    turnover: Turnover
-    log: EventLog
+class Rounds(Crossing):
+    """One rank's part in it."""
 
     def go_on(self, ledger: Ledger, outcome: Outcome, progress: Progress) -> None:
         """Bring this rank to where all go on. Collective.
@@ -120,10 +108,7 @@ class Rounds:
         if self.course is not None and self.world.rank not in outcome.roles.takers and progress.step < last:
             topology = self.course.connected.topology
             alone = CountedAlone(self.parts.replica, topology.rank, topology.world_size, ledger)
-            make_up(
-                self.job, self.parts, self.course, self.world, self.checkpoints, progress, self.turnover, self.log,
-                last=last, alone=alone,
-            )  # fmt: skip
+            make_up(self, progress, last=last, alone=alone)
 
     def settle(self, ledger: Ledger, outcome: Outcome, seats: Sequence[int]) -> None:
         """All are there: tell what is lost, and begin the view with what its members, `seats`, have. Collective.

@@ -19,20 +19,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from shoal.engine.assemble import assemble
-from shoal.engine.build import Parts
-from shoal.engine.checkpoint.session import CheckpointSession
-from shoal.engine.course import Course
+from shoal.engine.course import Course, Crossing
 from shoal.engine.exchange.base import Among
 from shoal.engine.exchange.in_name import InName
 from shoal.engine.exchange.server_access import server_client
 from shoal.engine.handover import Outcome, tell
 from shoal.engine.progress import Progress
-from shoal.engine.turnover import Turnover
 from shoal.events import EventLog
-from shoal.job.job import Job
 from shoal.job.sparse_table import sparse_tables
 from shoal.strategy.sync.parameter_server import ParameterServerConfig
-from shoal.wire.groups import World, failures_as_lost_peers
+from shoal.wire.groups import failures_as_lost_peers
 
 
 @dataclass(frozen=True)
@@ -60,17 +56,10 @@ def owed(course: Course, clocks: Mapping[int, int], standings: Mapping[int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
-class StandingIn:
-    """One rank's part in it. A newcomer has no `course`, and nothing to bring."""
+class StandingIn(Crossing):
+    """One rank's part in it. A newcomer has nothing to bring."""
 
-    job: Job
-    parts: Parts
-    course: Course | None
     among: Among
-    world: World
-    checkpoints: CheckpointSession
-    turnover: Turnover
-    log: EventLog
 
     def bring(self, seat: int, outcome: Outcome, keeping: Mapping[int, int], last: int) -> None:
         """Bring what is owed of the steps before `last`. Collective.
