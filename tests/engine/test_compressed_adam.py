@@ -152,7 +152,7 @@ def test_it_is_the_papers_formulas(kind: str, nodes: str, tmp_path: Path) -> Non
         assert torch.allclose(trained[name], value, rtol=0, atol=1e-10), name
 
 
-@pytest.mark.parametrize("nodes", ["ab", "aab"])
+@pytest.mark.parametrize("nodes", ["ab", pytest.param("aab", marks=pytest.mark.slow)])
 def test_a_resumed_run_has_the_same_bits(nodes: str, tmp_path: Path) -> None:
     whole = train_on(list(nodes), TARGET, plan("onebit"), tmp_path / "whole")
     train_on(list(nodes), TARGET, plan("onebit", steps=10), tmp_path / "parted")

@@ -53,7 +53,7 @@ def test_gossip_is_d_psgd_with_its_matrix(topology: str, shares: tuple[float, ..
         assert (trained[key] - value).norm() / value.norm() < 1e-10, key
 
 
-@pytest.mark.parametrize("codec", ["none", "int8"])
+@pytest.mark.parametrize("codec", [pytest.param("none", marks=pytest.mark.slow), "int8"])
 def test_a_gossip_run_that_was_resumed_ends_with_the_same_bits(codec: str, tmp_path: Path) -> None:
     plan = plan_text('kind = "gossip"', codec=codec)
     whole = train_on(["a", "b"], TARGET, plan, tmp_path / "whole")

@@ -153,7 +153,7 @@ def test_encoder_layers_and_large_embeddings_are_divided(layout: str, nodes: str
     ("first", "second", "nodes"),
     [
         ("shard = 2", "pipeline = 2", "aa"),
-        ("tensor = 2\nshard = 2", "replicate = 4", "aaaa"),
+        pytest.param("tensor = 2\nshard = 2", "replicate = 4", "aaaa", marks=pytest.mark.slow),
         pytest.param("replicate = 2", "tensor = 2", "aa", marks=pytest.mark.slow),
         ("pipeline = 2\nshard = 2", "shard = 3", "aaa"),
     ],
@@ -179,7 +179,7 @@ def test_a_run_goes_on_under_another_layout(first: str, second: str, nodes: str,
     ("layout", "sync"),
     [
         ("shard = 2", "kind = 'local'\nevery = 1\nfragments = 1\noverlap = 0\nouter_lr = 1.0\nouter_momentum = 0.0"),
-        ("tensor = 2", "kind = 'local'\nevery = 2\nfragments = 2\noverlap = 1"),
+        pytest.param("tensor = 2", "kind = 'local'\nevery = 2\nfragments = 2\noverlap = 1", marks=pytest.mark.slow),
         ("pipeline = 2", "kind = 'gossip'"),
     ],
 )

@@ -195,7 +195,7 @@ def average(models: list[nn.Module]) -> None:
                 p.copy_(mean)
 
 
-@pytest.mark.parametrize("codec", ["none", "bf16"])
+@pytest.mark.parametrize("codec", [pytest.param("none", marks=pytest.mark.slow), "bf16"])
 def test_a_run_that_was_resumed_ends_with_the_same_bits(codec: str, tmp_path: Path) -> None:
     setup = SETUPS["streaming, carry"]
     whole = train_on(list(setup.nodes), TARGET, setup.plan(codec), tmp_path / "whole")

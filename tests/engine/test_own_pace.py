@@ -81,7 +81,7 @@ def test_every_sample_is_used_once_although_one_rank_is_slow(name: str, tmp_path
     }
 
 
-@pytest.mark.parametrize("staleness", [0, 2])
+@pytest.mark.parametrize("staleness", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_by_the_event_log_ssp_reads_nothing_older_than_its_bound(staleness: int, tmp_path: Path) -> None:
     (tmp_path / "seen").mkdir()
     sync = f'kind = "parameter_server"\nmode = "ssp"\nstaleness = {staleness}\nservers = 2'

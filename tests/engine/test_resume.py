@@ -119,7 +119,7 @@ def fetched_by_committed_steps(run: Run, log: Path) -> dict[int, Counter[int]]:
     return epochs
 
 
-@pytest.mark.parametrize("after_s", [1.5, 3.0])
+@pytest.mark.parametrize("after_s", [1.5, pytest.param(3.0, marks=pytest.mark.slow)])
 def test_killed_while_it_starts_it_still_resumes(after_s: float, folder: Path, uninterrupted: Run) -> None:
     run, log = folder / f"early-{after_s}", folder / f"early-{after_s}-log"
     log.mkdir()
