@@ -116,7 +116,8 @@ def seen_by(folder: Path) -> dict[int, list[int]]:
     }
 
 
-@pytest.mark.parametrize("victim", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow  # in CI the servers' form stands for both: the leases are the same
+@pytest.mark.parametrize("victim", [0, 2])
 def test_at_their_own_pace_ranks_lease_again_what_nobody_has_learned_from_the_lost_one(
     victim: int, tmp_path: Path
 ) -> None:

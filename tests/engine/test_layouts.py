@@ -111,7 +111,7 @@ def test_awkward_parameters_train_sharded_as_in_one_process(
         ("aa", "pipeline = 2\nstages = 2\nschedule = 'zero_bubble'"),
         pytest.param("aaaa", "pipeline = 2\nshard = 2", marks=pytest.mark.slow),
         ("aaaa", "pipeline = 2\nshard = 2\nmicro_batches = 3\nschedule = 'gpipe'"),
-        ("aaaa", "pipeline = 2\nstages = 2\nshard = 2\nschedule = 'interleaved'"),
+        pytest.param("aaaa", "pipeline = 2\nstages = 2\nshard = 2\nschedule = 'interleaved'", marks=pytest.mark.slow),
         ("aabb", "pipeline = 2\nreplicate = 2"),
         ("aa", "tensor = 2"),
         ("aaaa", "shard = 2\ntensor = 2\ndefer_above = 20"),

@@ -162,7 +162,13 @@ def test_a_worker_that_is_killed_while_others_compute_stops_them_too(tmp_path: P
     assert "rank 2 died with signal 9" in ended.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGINT, id="ctrl-c"),
+        pytest.param(signal.SIGTERM, id="sigterm", marks=pytest.mark.slow),
+    ],
+)
 def test_asked_once_it_stops_cleanly_with_a_checkpoint_of_the_last_step(number: int, tmp_path: Path) -> None:
     with training(JOB, tmp_path / "run", "--nodes", "2", "--set", "nap_s=0.01", "--json") as handle:
         handle.wait_for_step(5)
