@@ -49,6 +49,8 @@ class Joining:
 
     Attributes:
         held_s: of each old member, from the end of its last step in the old view to the start of its first in the new.
+        all_held_s: from the end of the last step of whoever was last with it, to when all had begun the next: members that
+            share a core end a step one after the other, and `held_s` has their waiting for each other in it.
         connect_s, state_s, build_s: of each old member, what its `view` event says of that.
         before_s, starting_s, during_s, after_s: steps before the newcomer was started, while it started, while it
             caught up, and with its help.
@@ -57,6 +59,7 @@ class Joining:
     """
 
     held_s: list[float]
+    all_held_s: float
     connect_s: list[float]
     state_s: list[float]
     build_s: list[float]
@@ -157,15 +160,18 @@ def joining(events: Sequence[Event]) -> Joining:
     if taken is None or caught_up is None:
         raise SystemExit("the newcomer was not there before the run ended: give more steps")
     views = [e for e in _of_ranks(events, "view") if e["epoch"] == taken["epoch"] and not e["took_state"]]
-    held = []
+    held, ends, starts = [], [], []
     for view in views:
         steps = [e for e in _of_ranks(events, "step") if e["source"] == view["source"]]
         last = [e for e in steps if e["t"] <= view["t"]][-1]
         first = next(e for e in steps if e["t"] > view["t"])
-        held.append(first["t"] - first["step_s"] - last["t"])
+        ends.append(last["t"])
+        starts.append(first["t"] - first["step_s"])
+        held.append(starts[-1] - ends[-1])
     turned = min(view["t"] for view in views)
     return Joining(
         held_s=held,
+        all_held_s=max(starts) - max(ends),
         connect_s=[view["connect_s"] for view in views],
         state_s=[view["state_s"] for view in views],
         build_s=[view["build_s"] for view in views],
