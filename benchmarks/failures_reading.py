@@ -49,8 +49,8 @@ class Joining:
 
     Attributes:
         held_s: of each old member, from the end of its last step in the old view to the start of its first in the new.
-        all_held_s: from the end of the last step of whoever was last with it, to when all had begun the next: members that
-            share a core end a step one after the other, and `held_s` has their waiting for each other in it.
+        all_held_s: from the end of the last step of whoever was last with it to when all had begun the next. Members
+            that share a core end a step one after the other; `held_s` has their waiting for each other in it.
         connect_s, state_s, build_s: of each old member, what its `view` event says of that.
         before_s, starting_s, during_s, after_s: steps before the newcomer was started, while it started, while it
             caught up, and with its help.
