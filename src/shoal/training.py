@@ -246,8 +246,8 @@ def _membership(plan: Plan, world_size: int) -> Membership:
     most = elastic.max_nodes or max(plan.batch.size, world_size)
     if not elastic.min_nodes <= world_size <= most:
         raise UsageError(
-            f"elastic.min_nodes is {elastic.min_nodes} and max_nodes {most}, but {world_size} workers are to "
-            "start; start a number between them"
+            f"elastic.min_nodes is {elastic.min_nodes} and max_nodes {most}, but --nodes is {world_size}; "
+            "start a number of workers between them"
         )
     return Membership(
         nodes=world_size,

@@ -91,7 +91,7 @@ def test_going_back_to_copies_of_lost_shards_forgets_those_steps_and_is_told() -
     told = event(1011.0, "rank-0", "rolled_back", step=6, from_step=10, state_from="memory")
     history = fold([*training(1, 10), told])
     assert [point.step for point in history.points][-1] == 6
-    assert "training went back from step 10 to 6, memory" in history.warnings[0].message
+    assert "training went back from step 10 to 6, to the copies in other ranks' memory" in history.warnings[0].message
 
 
 def test_seconds_leave_out_the_time_in_which_the_run_was_dead() -> None:

@@ -366,9 +366,9 @@ def _on_view(history: History, event: Event) -> None:
 
 def _on_rolled_back(history: History, event: Event) -> None:
     step, before = _count(event, "step"), _count(event, "from_step")
-    source = "a checkpoint on disk" if event.get("state_from") == "disk" else "memory"
+    source = "a checkpoint on disk" if event.get("state_from") == "disk" else "the copies in other ranks' memory"
     _forget_from(history, step + 1)
-    _warn(history, event, f"shards were lost: training went back from step {before} to {step}, {source}")
+    _warn(history, event, f"shards were lost: training went back from step {before} to {step}, to {source}")
 
 
 def _on_worker_exited(history: History, event: Event) -> None:
