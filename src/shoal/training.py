@@ -14,7 +14,8 @@ from typing import Any, TypedDict, Unpack
 
 from shoal.cluster.description import Cluster, load_cluster, parse_lab
 from shoal.cluster.faults import Fault, load_faults, require_without_lab, schedule
-from shoal.dashboard.history import History, fold, summary
+from shoal.dashboard.folding import fold
+from shoal.dashboard.history import History, summary
 from shoal.dashboard.progress import LiveProgress
 from shoal.dashboard.report import read_history, write_report
 from shoal.errors import FaultsError, UsageError

@@ -9,7 +9,8 @@ import pytest
 from event_logs import STEP_S, event, finished, started, step, training, write_run
 
 from shoal.dashboard.curve import apportion, braille, smooth, sparkline, thin, ticks, value_range
-from shoal.dashboard.history import History, fold, summary
+from shoal.dashboard.folding import fold
+from shoal.dashboard.history import History, summary
 from shoal.events import EventReader
 
 

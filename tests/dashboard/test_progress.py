@@ -8,7 +8,8 @@ import pytest
 from event_logs import event, started, step, training
 from rich.console import Console
 
-from shoal.dashboard.history import History, fold
+from shoal.dashboard.folding import fold
+from shoal.dashboard.history import History
 from shoal.dashboard.progress import LiveProgress, plain_line, progress_share, remaining_s, render
 
 

@@ -29,7 +29,7 @@ from shoal.cli.main import main
 from shoal.cluster.description import parse_lab
 from shoal.cluster.invitation import Invitation, read_invitation, write_invitation
 from shoal.dashboard.audit import audit
-from shoal.dashboard.history import fold
+from shoal.dashboard.folding import fold
 from shoal.events import read_events
 from shoal.launch.lab import lab as labs
 from shoal.launch.lab.rights import availability

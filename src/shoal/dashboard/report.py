@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from shoal.dashboard.history import History, fold
+from shoal.dashboard.folding import fold
+from shoal.dashboard.history import History
 from shoal.dashboard.terminal import exit_words, legend, loss_plot, number, printable, rank_bars, rate, saved_line
 from shoal.events import read_events
 from shoal.run import Run, write_atomic
