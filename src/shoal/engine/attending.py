@@ -1,4 +1,4 @@
-"""A rank's way from view to view, whatever it holds; what is made of one view is in `elastic.py` and `shards/rank.py`."""
+"""A rank's way from view to view, whatever it holds. What is made of one view: `elastic.py` and `shards/rank.py`."""
 
 from __future__ import annotations
 
