@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import signal
 import sys
-import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -27,8 +27,8 @@ from shoal.cluster.views import View
 from shoal.engine import build, random_state
 from shoal.engine.apart import Carried, among, go_on_apart, settle_apart
 from shoal.engine.assemble import assemble, divide_as_planned, keep_cadence
+from shoal.engine.attending import AttendingRank
 from shoal.engine.build import Connected, Parts
-from shoal.engine.checkpoint.archive import Archive
 from shoal.engine.checkpoint.session import CheckpointSession
 from shoal.engine.connecting import Connecting
 from shoal.engine.course import Course, Crossing
@@ -38,7 +38,7 @@ from shoal.engine.exchange.gradients import GradientExchange
 from shoal.engine.experience import Experience
 from shoal.engine.farewell import save_alone
 from shoal.engine.following import COORDINATOR, NEIGHBOURS, Following
-from shoal.engine.garbage import let_go, spare_what_lasts
+from shoal.engine.garbage import spare_what_lasts
 from shoal.engine.handover import Outcome, hand_over, tell
 from shoal.engine.loop import TURN, Loop
 from shoal.engine.newcomer import Newcomer
@@ -49,7 +49,6 @@ from shoal.engine.restoring import restore
 from shoal.engine.shards.rank import ShardedRank
 from shoal.engine.start import Start, target_of_run
 from shoal.engine.telling import Context, announce, conclude
-from shoal.engine.turnover import Turnover
 from shoal.errors import PeerLostError, RendezvousError, RunEnded
 from shoal.job.job import Job
 from shoal.plan import Plan, for_ranks, load_plan
@@ -111,14 +110,13 @@ def work(start: Start) -> None:
         rank.views.attendance.close()
 
 
-class _ElasticRank:
-    """One process's course through views."""
+class _ElasticRank(AttendingRank):
+    """One that holds a whole replica."""
 
     def __init__(self, start: Start, env: Mapping[str, str]) -> None:
         """Make the job's parts, and say hello."""
+        super().__init__(start)
         keep_large_blocks()
-        self._start, self._log = start, start.log
-        self._plan = load_plan(start.run.plan)
         self._target = target_of_run(start.run)
         self._job = self._target.load()
         here = Topology(0, (node_from(env),))
@@ -130,30 +128,13 @@ class _ElasticRank:
         self._carried = Carried()
         self._fills_servers = False
         self._apart = self._plan.sync.kind in UNEQUAL
-        self._checkpoints: CheckpointSession | None = None
         self._experience = Experience()
-        self._before: Connecting | None = None
         self._has_begun = False
         self._node = here.nodes[0]
         limit_s = self._plan.elastic.stuck_after_s
         self._patience: Watch = Patience(limit_s, self._end_stuck) if limit_s else Endless()
         spare_what_lasts()
         self.views = Following(start, self._plan, self._target, self._device, self._node, env)
-
-    def train(self) -> None:
-        """Go through views until training ends, or this rank has left.
-
-        Raises:
-            RunEnded: another rank's failure, or the launcher's, ended the run.
-        """
-        while (connecting := self.views.next()) is not None:
-            try:
-                if self._train_in(connecting):
-                    return
-            except PeerLostError as error:
-                self.views.lost(connecting, error)
-        if self.views.has_stopped:
-            self._stop_waiting()
 
     def _end_stuck(self, what: str, stack: str) -> None:
         """This rank will never come to the next exchange: better that the others lose it than that they wait."""
@@ -171,8 +152,7 @@ class _ElasticRank:
         """Asked to stop while too few are left: nobody else may hold what this rank holds."""
         step = self._progress.step if self._progress else 0
         if self._progress is None or not self._has_begun or self._plan.sync.kind != "allreduce":
-            lost = "; steps since the last checkpoint are in no file" if step else ""
-            self._log.write("warning", message=f"seat {self._start.seat} stopped while it waited for members{lost}")
+            self._warn_of_stopping(step)
         else:
             save_alone(
                 self._start, self._plan, self._target, self._job, self._parts, self._progress, self._device,
@@ -180,32 +160,12 @@ class _ElasticRank:
             )  # fmt: skip
         self._log.write("left", step=step)
 
-    def _train_in(self, connecting: Connecting) -> bool:
-        """Train in one view; return whether training has ended, and not only this view.
-
-        Raises:
-            PeerLostError: a member was lost; the state is that of the last committed step.
-        """
-        before, self._before = self._before, connecting
-        try:
-            loop, context, outcome = self._enter(connecting, before)
-        finally:
-            if before is not None:
-                # Not earlier: nobody is there any more who waits for what this rank sent last. And beside training.
-                threading.Thread(target=let_go, args=(before.close,), daemon=True, name="shoal-closing").start()
-        outcome.begin()
-        return self._follow(loop, context)
-
-    def _enter(self, connecting: Connecting, before: Connecting | None) -> tuple[Loop, Context, Outcome]:
-        """Go over to a view: agree on the state, and build what is of this view. Others wait meanwhile."""
+    def _enter(self, connecting: Connecting, before: Connecting | None) -> Callable[[], bool]:
         began, view = time.perf_counter(), connecting.view
         connected = self.views.connected(connecting)
         connected_at = time.perf_counter()
         checkpoints = self._checkpoints_in(connected)
-        turnover = Turnover(
-            self._start.stop_request, self.views.is_ready, lambda step: self.views.committed(view.epoch, step),
-            self.views.attendance.leaving,
-        )  # fmt: skip
+        turnover = self._turnover_in(view.epoch)
         outcome = self._take_state(connected, checkpoints)
         assert outcome.progress is not None
         if self._apart:
@@ -254,9 +214,10 @@ class _ElasticRank:
             self._has_begun = True
             self._started = time.perf_counter()
             announce(context, loop)
-        return loop, context, outcome
+        return functools.partial(self._follow, loop, context, outcome)
 
-    def _follow(self, loop: Loop, context: Context) -> bool:
+    def _follow(self, loop: Loop, context: Context, outcome: Outcome) -> bool:
+        outcome.begin()
         try:
             reason = loop.run()
             if reason == TURN:
@@ -269,8 +230,8 @@ class _ElasticRank:
             conclude(context, loop, self._job, reason, time.perf_counter() - self._started)
             return True
         except PeerLostError:
-            if self._before is not None:
-                self._before.cut()  # else a thread of ours may wait for somebody who waits for us
+            if self._current is not None:
+                self._current.cut()  # else a thread of ours may wait for somebody who waits for us
             loop.drop_step()
             raise
         finally:
@@ -279,15 +240,6 @@ class _ElasticRank:
             self._experience = loop.experience
             loop.leave_view()
             self.views.pool.release()
-
-    def _checkpoints_in(self, connected: Connected) -> CheckpointSession:
-        config = self._plan.checkpoint
-        if self._checkpoints is None:
-            archive = Archive(self._start.run.checkpoints, keep=config.keep, keep_best=config.best)
-            self._checkpoints = CheckpointSession(connected.world, archive, self._log, self._device)
-        else:
-            self._checkpoints.enter(connected.world)
-        return self._checkpoints
 
     def _share_experience(self, connected: Connected, outcome: Outcome, before: Connecting | None, view: View) -> int:
         """All go on with what one of those has learned who were there; return how many members were lost."""

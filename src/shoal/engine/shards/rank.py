@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import threading
+import functools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ from typing import Any
 from shoal.cluster.views import View
 from shoal.engine import build, random_state
 from shoal.engine.assemble import assemble, divide_as_planned
+from shoal.engine.attending import AttendingRank
 from shoal.engine.build import Connected, Parts
-from shoal.engine.checkpoint.archive import Archive
 from shoal.engine.checkpoint.session import CheckpointSession
 from shoal.engine.connecting import Connecting
 from shoal.engine.following import NEIGHBOURS, Following
-from shoal.engine.garbage import let_go, spare_what_lasts
+from shoal.engine.garbage import spare_what_lasts
 from shoal.engine.loop import TURN, Loop
 from shoal.engine.progress import Progress
 from shoal.engine.restoring import restore
@@ -35,9 +35,7 @@ from shoal.engine.shards.regather import compare, describe, move
 from shoal.engine.shards.shard import Shard, Source
 from shoal.engine.start import Start, target_of_run
 from shoal.engine.telling import Context, announce, conclude, explain_layout
-from shoal.engine.turnover import Turnover
 from shoal.errors import CheckpointError, PeerLostError
-from shoal.plan import load_plan
 from shoal.strategy.topology import Topology
 from shoal.wire.blocks import return_large_blocks
 from shoal.wire.groups import failures_as_lost_peers, lost_peers_named
@@ -55,14 +53,13 @@ class _Entry:
     took_state: bool
 
 
-class ShardedRank:
-    """One process's course through views."""
+class ShardedRank(AttendingRank):
+    """One that holds a shard."""
 
     def __init__(self, start: Start, node: str, env: Mapping[str, str]) -> None:
         """Say hello. No model is built before the first view says how it is divided."""
+        super().__init__(start)
         return_large_blocks()
-        self._start, self._log = start, start.log
-        self._plan = load_plan(start.run.plan)
         self._target = target_of_run(start.run)
         here = Topology(0, (node,))
         self._device = build.choose_device(self._plan.compute, here)
@@ -70,30 +67,15 @@ class ShardedRank:
         job = self._target.load()
         self._job = dataclasses.replace(job, data=self._once(job.data))
         self._held = Holdings()
-        self._checkpoints: CheckpointSession | None = None
-        self._before: Connecting | None = None
         self._dice: dict[str, Any] | None = None
         self._has_begun = False
         self._step = 0
         spare_what_lasts()
         self.views = Following(start, self._plan, self._target, self._device, node, env)
 
-    def train(self) -> None:
-        """Go through views until training ends, or this rank has left.
-
-        Raises:
-            RunEnded: another rank's failure, or the launcher's, ended the run.
-        """
-        while (connecting := self.views.next()) is not None:
-            try:
-                if self._train_in(connecting):
-                    return
-            except PeerLostError as error:
-                self.views.lost(connecting, error)
-        if self.views.has_stopped:
-            lost = "; steps since the last checkpoint are in no file" if self._step else ""
-            self._log.write("warning", message=f"seat {self._start.seat} stopped while it waited for members{lost}")
-            self._log.write("left", step=self._step)
+    def _stop_waiting(self) -> None:
+        self._warn_of_stopping(self._step)
+        self._log.write("left", step=self._step)
 
     def _once(self, data: Callable[[], Any]) -> Callable[[], Any]:
         """Make the data in the first view only, and leave random numbers as if they were made in each."""
@@ -108,28 +90,13 @@ class ShardedRank:
 
         return give
 
-    def _train_in(self, connecting: Connecting) -> bool:
-        """Train in one view; return whether training has ended, and not only this view.
-
-        Raises:
-            PeerLostError: a member was lost; what this rank holds is that of the last committed step.
-        """
-        before, self._before = self._before, connecting
-        try:
-            loop, entry, connected, context = self._go_over(connecting)
-        finally:
-            if before is not None:
-                threading.Thread(target=let_go, args=(before.close,), daemon=True, name="shoal-closing").start()
-        return self._follow(loop, entry.live, connected, context)
-
-    def _go_over(self, connecting: Connecting) -> tuple[Loop, _Entry, Connected, Context]:
-        """Go over to a view: put the state together, and build what is of this view."""
+    def _enter(self, connecting: Connecting, before: Connecting | None) -> Callable[[], bool]:
         began = time.perf_counter()
         connected = self.views.connected(connecting)
         connected_at = time.perf_counter()
         checkpoints = self._checkpoints_in(connected)
         with lost_peers_named():
-            entry = self._enter(connecting.view, connected, checkpoints)
+            entry = self._put_together(connecting.view, connected, checkpoints)
             agreed_at = time.perf_counter()
             loop = self._loop(connecting.view, connected, entry, checkpoints)
         self.views.attendance.entered(connecting.view.epoch)
@@ -143,14 +110,11 @@ class ShardedRank:
             announce(context, loop)
         if connected.topology.rank == 0:
             explain_layout(context, entry.parts)
-        return loop, entry, connected, context
+        return functools.partial(self._follow, loop, entry.live, connected, context)
 
     def _loop(self, view: View, connected: Connected, entry: _Entry, checkpoints: CheckpointSession) -> Loop:
         plan, live = connected.plan, entry.live
-        turnover = Turnover(
-            self._start.stop_request, self.views.is_ready, lambda step: self.views.committed(view.epoch, step),
-            self.views.attendance.leaving,
-        )  # fmt: skip
+        turnover = self._turnover_in(view.epoch)
         exchange = build.build_exchange(entry.parts, connected, self._log, live.progress.step)
         copies = None
         if _needs_copies(connected):
@@ -176,8 +140,8 @@ class ShardedRank:
             conclude(context, loop, self._job, reason, time.perf_counter() - self._started)
             return True
         except PeerLostError:
-            assert self._before is not None
-            self._before.cut()  # else a thread of ours may wait for somebody who waits for us
+            assert self._current is not None
+            self._current.cut()  # else a thread of ours may wait for somebody who waits for us
             loop.drop_step()
             raise
         finally:
@@ -189,9 +153,9 @@ class ShardedRank:
     def _pass_on(self, live: Live, connected: Connected) -> None:
         """The shards of those who leave as planned go to some who stay, where these have no such shard. Collective."""
         world, grid, following = connected.world, connected.grid, self.views.latest
-        assert self._before is not None
+        assert self._current is not None
         assert following is not None
-        seats = self._before.view.seats
+        seats = self._current.view.seats
         staying = {rank for rank, seat in enumerate(seats) if following.rank_of(seat) is not None}
         given = heirs([grid.index(rank, "shard") for rank in range(world.size)], staying)
         with failures_as_lost_peers("passing shards on"):
@@ -201,7 +165,7 @@ class ShardedRank:
             self._held.keep(*send(world.everybody, own, set() if heir is None else {heir}, sources))
         world.sum([0.0])  # who leaves has to know that it is there
 
-    def _enter(self, view: View, connected: Connected, checkpoints: CheckpointSession) -> _Entry:
+    def _put_together(self, view: View, connected: Connected, checkpoints: CheckpointSession) -> _Entry:
         """Put the state together, in a model that is divided over this view's ranks. Collective.
 
         Raises:
@@ -263,15 +227,6 @@ class ShardedRank:
                 "survive that, or layout.replicate of 2 or more"
             )
         return _START, Progress()
-
-    def _checkpoints_in(self, connected: Connected) -> CheckpointSession:
-        config = self._plan.checkpoint
-        if self._checkpoints is None:
-            archive = Archive(self._start.run.checkpoints, keep=config.keep, keep_best=config.best)
-            self._checkpoints = CheckpointSession(connected.world, archive, self._log, self._device)
-        else:
-            self._checkpoints.enter(connected.world)
-        return self._checkpoints
 
     def _tell_of(self, view: View, connected: Connected, entry: _Entry, times: tuple[float, float, float]) -> None:
         began, connected_at, agreed_at = times

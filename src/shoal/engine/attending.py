@@ -1,0 +1,96 @@
+"""A rank's way from view to view, whatever it holds. What is made of one view: `elastic.py` and `shards/rank.py`."""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+from shoal.engine.build import Connected
+from shoal.engine.checkpoint.archive import Archive
+from shoal.engine.checkpoint.session import CheckpointSession
+from shoal.engine.connecting import Connecting
+from shoal.engine.following import Following
+from shoal.engine.garbage import let_go
+from shoal.engine.start import Start
+from shoal.engine.turnover import Turnover
+from shoal.errors import PeerLostError
+from shoal.plan import Plan, load_plan
+
+
+class AttendingRank(ABC):
+    """One process's course through views.
+
+    Attributes:
+        views: says which view is next, once this rank has said hello.
+    """
+
+    views: Following
+
+    def __init__(self, start: Start) -> None:
+        self._start, self._log = start, start.log
+        self._plan: Plan = load_plan(start.run.plan)
+        self._current: Connecting | None = None
+        self._checkpoints: CheckpointSession | None = None
+
+    def train(self) -> None:
+        """Go through views until training ends, or this rank has left.
+
+        Raises:
+            RunEnded: another rank's failure, or the launcher's, ended the run.
+        """
+        while (connecting := self.views.next()) is not None:
+            try:
+                if self._train_in(connecting):
+                    return
+            except PeerLostError as error:
+                self.views.lost(connecting, error)
+        if self.views.has_stopped:
+            self._stop_waiting()
+
+    @abstractmethod
+    def _enter(self, connecting: Connecting, before: Connecting | None) -> Callable[[], bool]:
+        """Go over to a view: agree on the state, and build what is of this view. Others wait meanwhile.
+
+        Returns:
+            What trains there, and returns whether training has ended, and not only this view.
+
+        Raises:
+            PeerLostError: a member was lost; the state is that of the last committed step.
+        """
+
+    @abstractmethod
+    def _stop_waiting(self) -> None:
+        """Asked to stop while too few are left."""
+
+    def _train_in(self, connecting: Connecting) -> bool:
+        before, self._current = self._current, connecting
+        try:
+            follow = self._enter(connecting, before)
+        finally:
+            if before is not None:
+                # Not earlier: nobody is there any more who waits for what this rank sent last. And beside training.
+                threading.Thread(target=let_go, args=(before.close,), daemon=True, name="shoal-closing").start()
+        return follow()
+
+    def _checkpoints_in(self, connected: Connected) -> CheckpointSession:
+        config = self._plan.checkpoint
+        if self._checkpoints is None:
+            archive = Archive(self._start.run.checkpoints, keep=config.keep, keep_best=config.best)
+            self._checkpoints = CheckpointSession(connected.world, archive, self._log, connected.device)
+        else:
+            self._checkpoints.enter(connected.world)
+        return self._checkpoints
+
+    def _turnover_in(self, epoch: int) -> Turnover:
+        views = self.views
+        return Turnover(
+            self._start.stop_request,
+            views.is_ready,
+            lambda step: views.committed(epoch, step),
+            views.attendance.leaving,
+        )
+
+    def _warn_of_stopping(self, step: int) -> None:
+        lost = "; steps since the last checkpoint are in no file" if step else ""
+        self._log.write("warning", message=f"seat {self._start.seat} stopped while it waited for members{lost}")
