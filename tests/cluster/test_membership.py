@@ -8,7 +8,18 @@ import pytest
 from membership_world import FINGERPRINT, World
 
 from shoal.cluster.membership import Membership
-from shoal.cluster.membership_events import Arrived, Disconnected, Entered, Rules, Send, Tick, event_of
+from shoal.cluster.membership_events import (
+    MEMBERS,
+    PLACE,
+    SUCCESSOR,
+    Arrived,
+    Disconnected,
+    Entered,
+    Rules,
+    Send,
+    Tick,
+    event_of,
+)
 from shoal.cluster.views import View, ViewMember
 from shoal.errors import CoordinatorError, PlanError
 
@@ -79,7 +90,7 @@ def test_the_first_view_is_made_when_all_expected_are_there() -> None:
     world.come("b")
     assert world.views == []
     assert world.members["a"].told("waiting")[-1] | {"reason": ""} == {
-        "kind": "waiting", "reason": "", "have": 2, "need": 3,
+        "kind": "waiting", "what": "members", "reason": "", "have": 2, "need": 3,
     }  # fmt: skip
     world.come("c")
     assert (world.view.epoch, world.view.planned, world.view.cause, world.seats()) == (1, False, "start", [0, 1, 2])
@@ -258,9 +269,26 @@ def test_nobody_enters_a_full_view_until_there_is_room() -> None:
     world.come("d")
     world.wait(1.0)
     assert world.view.epoch == 1
-    assert "all 3 places are taken" in world.members["d"].told("waiting")[-1]["reason"]
+    told = world.members["d"].told("waiting")[-1]
+    assert "all 3 places are taken" in told["reason"]
+    assert told["what"] == PLACE
     world.lose("a")
     assert world.seats() == [1, 2, 3]
+
+
+def test_what_is_waited_for_tells_whether_others_train_meanwhile() -> None:
+    world = running(least=3, most=3)
+    world.come("d")
+    assert world.members["d"].told("waiting")[-1]["what"] == PLACE
+    world.leave("d")
+    world.lose("c")
+    assert world.members["a"].told("waiting")[-1]["what"] == MEMBERS
+    world.come("e")
+    assert world.members["e"].view == world.view
+    assert world.members["d"].view is None, "who is leaving does not come in any more"
+    world.leave("a")
+    world.enter()
+    assert world.members["a"].told("waiting")[-1]["what"] == SUCCESSOR
 
 
 def test_who_leaves_goes_by_a_planned_view() -> None:

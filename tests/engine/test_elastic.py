@@ -197,6 +197,45 @@ def test_ctrl_c_while_too_few_are_left_saves_the_last_committed_step(tmp_path: P
     assert_as_plain_pytorch(run, last + 20)
 
 
+def test_who_waits_for_a_place_and_is_told_to_go_leaves_the_run_to_the_others(tmp_path: Path) -> None:
+    """It was a member once, and holds a state: an older one than theirs, which is in nobody's way."""
+    given = [*plan(tmp_path, min_nodes=1, elastic="max_nodes = 2"), "--nodes", "2", "--set", "nap_s=0.02"]
+    given += faults(tmp_path, 'kind = "join"\nstep = 10', 'kind = "freeze"\nrank = 1\nstep = 100\nseconds = 4.0')
+    with training(TARGET, tmp_path / "run", *given, "--steps", "500") as handle:
+        handle.wait_for(lambda e: e["kind"] == "view" and e["source"] == "rank-2")
+        handle.wait_for(lambda e: e["kind"] == "waiting" and e["source"] == "rank-1")
+        handle.workers()[1].send_signal(signal.SIGTERM)
+        ended = handle.wait()
+    run = Run(tmp_path / "run")
+    assert ended.code == 0, ended.stderr
+    assert any(event["source"] == "rank-1" for event in events(run, "left"))
+    assert {event["source"] for event in events(run, "run_finished")} == {"rank-0", "rank-2"}
+    assert not [event for event in events(run, "checkpoint_saved") if event["source"] == "rank-1"]
+    assert_as_plain_pytorch(run, 500)
+
+
+def test_who_waits_for_members_and_is_told_to_go_saves_before_and_ends_nobodys_run(tmp_path: Path) -> None:
+    given = [*plan(tmp_path, min_nodes=3), "--nodes", "3", "--set", "nap_s=0.01"]
+    with training(TARGET, tmp_path / "run", *given) as handle:
+        handle.wait_for_step(10)
+        workers = handle.workers()
+        workers[1].kill()
+        for seat in (0, 2):
+            handle.wait_for(lambda e, source=f"rank-{seat}": e["kind"] == "waiting" and e["source"] == source)
+            workers[seat].send_signal(signal.SIGTERM)
+            handle.wait_for(lambda e, source=f"rank-{seat}": e["kind"] == "left" and e["source"] == source)
+        ended = handle.wait()
+    assert ended.code == 1, "nobody came to the end"
+    run = Run(tmp_path / "run")
+    last = max(committed(run))
+    assert final_state(run)["progress"]["step"] == last
+    assert not events(run, "run_finished")
+    resumed = ["--nodes", "3", "--set", "nap_s=0.01", "--resume", "--steps", str(last + 20)]
+    more = train(TARGET, tmp_path / "run", *resumed)
+    assert more.code == 0, more.stderr
+    assert_as_plain_pytorch(run, last + 20)
+
+
 def test_a_worker_outside_a_launchers_reach_is_told_what_it_lacks(tmp_path: Path) -> None:
     given = [*plan(tmp_path), "--nodes", "2", "--set", "nap_s=0.02"]
     with training(TARGET, tmp_path / "run", *given) as handle:

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from shoal.cluster.membership_events import Waiting
 from shoal.cluster.views import Document, View
 from shoal.errors import CoordinatorError, RunEnded
 from shoal.wire.control import ControlClient
@@ -98,8 +99,8 @@ class Attendance:
         self._connected = self._closing = False
         self.latest: View | None = None
         """The newest view."""
-        self.waiting = ""
-        """What the coordinator last said that we wait for; empty once a view came."""
+        self.waiting: Waiting | None = None
+        """What the coordinator last said that we wait for; None once a view came."""
         self._thread = threading.Thread(target=self._run, daemon=True, name="shoal-attendance")
         self._thread.start()
 
@@ -124,7 +125,7 @@ class Attendance:
             self._changed.wait_for(lambda: self._seat is not None or self._is_over(), timeout_s)
             self._raise_end()
             if self._seat is None:
-                told = f" ({self.waiting})" if self.waiting else ""
+                told = f" ({worded(self.waiting)})" if self.waiting else ""
                 address = self._client.address
                 raise CoordinatorError(
                     f"the coordinator at {address} did not let us in within {timeout_s:.0f} s{told}: is it running, "
@@ -273,12 +274,18 @@ class Attendance:
             away_s, self._heard_at = self.lost_contact_s, time.monotonic()
             match document:
                 case {"kind": "welcome", "seat": int(seat)}:
-                    self._seat, self._connected, self.waiting = seat, True, ""
+                    self._seat, self._connected, self.waiting = seat, True, None
                     self._log("coordinator_found", seat=seat, epoch=document.get("epoch"), away_s=round(away_s, 3))
                 case {"kind": "refused", "reason": str(reason)}:
                     self._refusal = CoordinatorError(f"the coordinator refused us: {reason}", refused=True)
-                case {"kind": "waiting", "reason": str(reason)}:
-                    self.waiting = reason + _counted(document)
+                case {
+                    "kind": "waiting",
+                    "what": str(what),
+                    "reason": str(reason),
+                    "have": int(have),
+                    "need": int(need),
+                }:
+                    self.waiting = Waiting(what, reason, have, need)
                 case {"kind": "view", "view": plain}:
                     view = self._newer(View.from_plain(plain))
                 case {"kind": "stop"}:
@@ -294,7 +301,7 @@ class Attendance:
     def _newer(self, view: View) -> View | None:
         if self.latest is not None and view.epoch <= self.latest.epoch:
             return None
-        self.latest, self.waiting = view, ""
+        self.latest, self.waiting = view, None
         return view
 
     def _refuse(self, error: CoordinatorError) -> None:
@@ -303,6 +310,6 @@ class Attendance:
             self._changed.notify_all()
 
 
-def _counted(document: Document) -> str:
-    """How many are here of how many, if the coordinator waits for members."""
-    return f"; {document['have']} are here, {document['need']} are needed" if document.get("need") else ""
+def worded(waiting: Waiting) -> str:
+    """What is waited for, and how many are here of how many."""
+    return waiting.reason + (f"; {waiting.have} are here, {waiting.need} are needed" if waiting.need else "")

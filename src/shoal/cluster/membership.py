@@ -17,6 +17,7 @@ from typing import Any
 
 from shoal.cluster import succession
 from shoal.cluster.membership_events import (
+    PLACE,
     Arrived,
     Beat,
     Broken,
@@ -35,6 +36,7 @@ from shoal.cluster.membership_events import (
     Send,
     StopAsked,
     Tick,
+    Waiting,
 )
 from shoal.cluster.roster import Attendee, Roster
 from shoal.cluster.status import status_of
@@ -150,7 +152,8 @@ class Membership:
             self._turn_away(hello.member, self._end or _end_of(self._finishing))
         elif known is None and self._roster.recovering:  # its seat may be that of somebody who is about to come back
             self._deferred.append(hello)
-            self._send(hello.member, "waiting", reason="the coordinator restarted and waits for all", have=0, need=0)
+            restarted = Waiting(PLACE, "the coordinator restarted and waits for all", 0, 0)
+            self._send(hello.member, "waiting", **restarted._asdict())
         elif (reason := self._roster.refusal(hello, self.epoch)) is not None:
             self._turn_away(hello.member, {"kind": "refused", "reason": reason})
             self._depart(hello.member, f"it was refused: {reason}")
@@ -273,8 +276,7 @@ class Membership:
             waiting = succession.waits_for(attendee, self._roster, self._at_hand, self.rules)
             if waiting is not None and waiting != attendee.told:
                 attendee.told = waiting
-                reason, have, need = waiting
-                self._send(attendee.member, "waiting", reason=reason, have=have, need=need)
+                self._send(attendee.member, "waiting", **waiting._asdict())
 
     def _record(self, kind: str, **fields: Any) -> None:
         self._out.append(Record({"kind": kind, **fields}))

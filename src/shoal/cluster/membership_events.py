@@ -7,7 +7,7 @@ Members' events are documents on the wire: `event_of` reads one, and refuses wha
 |---|---|
 | welcome | seat, epoch: of the coordinator |
 | refused | reason; the stream then closes, and asking again will not help |
-| waiting | reason, have, need: numbers of members |
+| waiting | what, reason, have, need: see `Waiting` |
 | view | view |
 | stop | : training is to end after the step at hand, with all that an end has |
 | end | reason, failed |
@@ -16,11 +16,30 @@ Members' events are documents on the wire: `event_of` reads one, and refuses wha
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from shoal.cluster.views import Document, checked
 from shoal.errors import CoordinatorError, PlanError, nearest
 from shoal.strict_toml import STRICT
+
+MEMBERS, PLACE, SUCCESSOR = "members", "place", "successor"
+
+
+class Waiting(NamedTuple):
+    """What one waits for.
+
+    Attributes:
+        what: MEMBERS: nobody trains before more come; PLACE: others train without this one; SUCCESSOR: it trains, and
+            may not leave.
+        have: how many members there are.
+        need: how many are needed; 0 where it is not for want of them.
+    """
+
+    what: str
+    reason: str
+    have: int
+    need: int
+
 
 Fingerprint = dict[str, str | int | float | bool | None]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from shoal.cluster.membership_events import Arrived, Fingerprint, Rules
+from shoal.cluster.membership_events import Arrived, Fingerprint, Rules, Waiting
 
 
 @dataclass(kw_only=True)
@@ -28,7 +28,7 @@ class Attendee:
     broken_at: float = 0.0  # and when
     leaving: bool = False
     finished: bool = False
-    told: tuple[str, int, int] | None = None  # the last `waiting`
+    told: Waiting | None = None  # the last `waiting`
 
     @property
     def label(self) -> str:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from shoal.cluster.membership_events import Rules
+from shoal.cluster.membership_events import MEMBERS, PLACE, SUCCESSOR, Rules, Waiting
 from shoal.cluster.roster import Attendee, Roster
 from shoal.cluster.transition import Transition
-
-Waiting = tuple[str, int, int]
-"""A reason, how many members there are, how many are needed (0: it is not for want of members)."""
 
 
 def first_members(roster: Roster, rules: Rules, *, late: bool) -> list[Attendee] | None:
@@ -53,14 +50,15 @@ def waits_for(attendee: Attendee, roster: Roster, at_hand: Transition, rules: Ru
     """What `attendee` waits for, or None if it does not."""
     num_living = sum(not a.leaving or at_hand.takes_part(a) for a in roster)
     if at_hand.view is None:
-        return "waiting for the run's members to come", num_living, rules.expected
+        return Waiting(MEMBERS, "waiting for the run's members to come", num_living, rules.expected)
     if at_hand.losses:
-        return f"too few members are left: {'; '.join(at_hand.losses)}", num_living, rules.min_nodes
+        lost = "; ".join(at_hand.losses)
+        return Waiting(MEMBERS, f"too few members are left: {lost}", num_living, rules.min_nodes)
     if at_hand.takes_part(attendee):
         stuck = attendee.leaving and at_hand.entered_by_all and not at_hand.broken(roster)
-        return ("nobody is there to take its place", num_living, rules.min_nodes + 1) if stuck else None
-    if attendee.leaving:
-        return None
+        if not stuck:
+            return None
+        return Waiting(SUCCESSOR, "nobody is there to take its place", num_living, rules.min_nodes + 1)
     if len(at_hand.current) >= rules.max_nodes:
-        return f"all {rules.max_nodes} places are taken", num_living, 0
-    return f"waiting until view {at_hand.epoch} is entered by all", num_living, 0
+        return Waiting(PLACE, f"all {rules.max_nodes} places are taken", num_living, 0)
+    return Waiting(PLACE, f"waiting until view {at_hand.epoch} is entered by all", num_living, 0)

@@ -61,7 +61,7 @@ class AttendingRank(ABC):
 
     @abstractmethod
     def _stop_waiting(self) -> None:
-        """Asked to stop while too few are left."""
+        """Asked to stop, or to leave, while too few are left."""
 
     def _train_in(self, connecting: Connecting) -> bool:
         before, self._current = self._current, connecting

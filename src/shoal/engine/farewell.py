@@ -1,4 +1,4 @@
-"""The last word of a rank that waits for others and is asked to stop: it saves what it holds, by itself.
+"""The last word of a rank that waits for others and is asked to stop or to leave: it saves what it holds, by itself.
 
 Of several that wait, whoever comes first does it; the others find the step saved. Only where all replicas are equal.
 """
@@ -20,7 +20,7 @@ from shoal.engine.checkpoint.archive import Archive
 from shoal.engine.checkpoint.session import CheckpointSession
 from shoal.engine.progress import Progress
 from shoal.engine.start import Start
-from shoal.engine.telling import Context, conclude
+from shoal.engine.telling import Context, conclude, require_saved
 from shoal.engine.turnover import Turnover
 from shoal.job.job import Job
 from shoal.job.target import Target
@@ -62,7 +62,9 @@ def save_alone(
         loop = assemble(job, parts, connected, exchange, checkpoints, progress, turnover, start.log)
         loop.finish()
         context = Context(start.run, alone, target, world, topology, device, start.log, start.seat)
-        conclude(context, loop, job, "interrupted", 0.0)
+        if start.stop_request:
+            conclude(context, loop, job, "interrupted", 0.0)
+        require_saved(loop)  # and nothing more where others may still come, and go on
         loop.close()
         return True
 

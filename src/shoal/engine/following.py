@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from shoal.cluster.attendance import Attendance, Hello
+from shoal.cluster.attendance import Attendance, Hello, worded
+from shoal.cluster.membership_events import MEMBERS, PLACE, Waiting
 from shoal.cluster.views import View
 from shoal.engine.build import Connected
 from shoal.engine.connecting import Connecting
@@ -41,7 +42,7 @@ class Following:
     Attributes:
         attendance: the coordinator's client.
         pool: memory that outlives a view.
-        has_stopped: this rank was asked to stop while there were too few to train with.
+        has_stopped: this rank was asked to stop, or to leave, while there were too few to train with.
         latest: the view that was decided upon last, with this rank or without.
     """
 
@@ -86,13 +87,13 @@ class Following:
     def next(self) -> Connecting | None:
         """The view to train in next, as soon as it is known.
 
-        Returns None when others go on without this rank, as planned, and when it was asked to stop while it waits for
-        more members (`has_stopped`).
+        Returns None when others go on without this rank, as planned or since it was asked to stop or leave while it
+        waits for a place; and when it was asked to while it waits for more members (`has_stopped`).
 
         Raises:
             RunEnded: another rank's failure, or the launcher's, ended the run.
         """
-        told = ""
+        told: Waiting | None = None
         epoch = self._current.view.epoch if self._current else 0
         while True:
             with self._changed:
@@ -100,15 +101,16 @@ class Following:
                 if self._next is not None:
                     self._current, self._next = self._next, None
                     return self._current
-                if self._excluded_from > epoch or (self._is_leaving and self._current is None):
+                goes = told is not None and told.what == PLACE and self._is_ending()
+                if goes or self._excluded_from > epoch or (self._is_leaving and self._current is None):
                     self._log.write("left", step=self._step)
                     return None
             self.attendance.next_view(epoch, 0.0)  # raises what ended the run
             if self.attendance.waiting != told:
                 told = self.attendance.waiting
                 if told:
-                    self._log.write("waiting", message=told)
-            if told and self._start.stop_request:
+                    self._log.write("waiting", message=worded(told))
+            if told is not None and told.what == MEMBERS and self._is_ending():
                 self.has_stopped = True
                 return None
 
@@ -196,10 +198,10 @@ class Following:
     def _hand_in_notice(self) -> None:
         """SIGTERM: this machine is about to be taken away.
 
-        Who has been in no view yet only goes: it holds nothing, and a stop would be the whole run's.
+        Who trains alone stops the run. Any other only goes, and who waits for members saves what it holds before.
         """
         current = self._current
-        if current is not None and (len(current.view.members) == 1 or self.attendance.waiting):
+        if current is not None and len(current.view.members) == 1 and self.attendance.waiting is None:
             self._start.stop_request.set()
             return
         self._is_leaving = True
@@ -207,6 +209,10 @@ class Following:
         timer = threading.Timer(self._plan.elastic.notice_s, self._leave_at_once)
         timer.daemon = True
         timer.start()
+
+    def _is_ending(self) -> bool:
+        """Whether this rank was asked to stop, with all others, or to leave them."""
+        return self._is_leaving or bool(self._start.stop_request)
 
     def _leave_at_once(self) -> None:
         """The notice is over, and the others cannot do without this rank: they keep the state, and wait for more."""

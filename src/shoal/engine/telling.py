@@ -94,7 +94,7 @@ def conclude(context: Context, loop: Loop, job: Job, reason: str, seconds: float
     """Training has ended, after `seconds`.
 
     Raises:
-        CheckpointError: the final state could not be saved.
+        CheckpointError: see `require_saved`.
     """
     log = context.log
     if context.topology.rank == 0 and job.sample is not None and loop.parts.replica.is_whole:
@@ -115,6 +115,15 @@ def conclude(context: Context, loop: Loop, job: Job, reason: str, seconds: float
         bytes_sent=loop.bytes_sent,
         traffic=loop.traffic.to_plain(),
     )
+    require_saved(loop)
+
+
+def require_saved(loop: Loop) -> None:
+    """Whatever was told: without a file of it, the training is lost.
+
+    Raises:
+        CheckpointError: the final state could not be saved.
+    """
     if loop.unsaved is not None:
         raise CheckpointError(f"the final state could not be saved: {loop.unsaved}")
 
