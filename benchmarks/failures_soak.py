@@ -198,6 +198,7 @@ def _told(events: list[Event]) -> dict[str, Any]:
         "spans_twice": sum(map(len, found.twice.values())),
         "steps_disputed": len(found.disputed),
         "audit": {"missing": found.missing, "twice": found.twice, "disputed": found.disputed},
+        "ended": sorted({e["reason"] for e in events if e["kind"] == "run_finished"}),
         "exits": dict(Counter(str(e["exit_code"]) for e in events if e["kind"] == "worker_exited")),
         "errors": [f"{e['source']}: {e['message'][:300]}" for e in events if e["kind"] == "error"],
         "warnings": [f"{e['source']}: {e['message'][:300]}" for e in events if e["kind"] == "warning"],
