@@ -7,10 +7,7 @@ The run has failed when no worker came to its end.
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,7 +24,9 @@ from shoal.launch.injector import Injector
 from shoal.launch.joined import Joined
 from shoal.launch.lab.lab import Lab
 from shoal.launch.placement import Placement, Seating
-from shoal.launch.processes import ask_to_stop, collect, kill_group, open_process, signals, tell
+from shoal.launch.processes import ask_to_stop, kill_group, signals, tell
+from shoal.launch.servers import FAILED, Servers
+from shoal.launch.workers import Worker, Workers
 from shoal.run import Run
 from shoal.wire.tls import Tls
 
@@ -55,15 +54,6 @@ class Membership:
     restarts: int
     servers: int = 0
     tls: Tls | None = None
-
-
-@dataclass
-class _Worker:
-    seat: int
-    placement: Placement
-    process: subprocess.Popen[bytes]
-    reported: bool = False
-    killed: bool = False
 
 
 class ElasticSupervisor:
@@ -97,9 +87,8 @@ class ElasticSupervisor:
         self._watch = watch
         self._notice = notice
         self._faults = faults
-        self._workers: list[_Worker] = []  # all there have been; of one seat, the last one counts
-        self._servers: list[subprocess.Popen[bytes]] = []
-        self._ended_servers: set[int] = set()
+        self._workers = Workers()
+        self._servers = Servers(run)
         self._whereabouts = Whereabouts(run)
         self._attempt = str(run.read_info()["id"])
         self._seats = Seats(run)
@@ -129,7 +118,7 @@ class ElasticSupervisor:
             try:
                 self._take_seats()
                 self._start_coordinator(log)
-                self._start_servers()
+                self._servers.start(self._seating, self._membership.servers, {})
                 for placement in self._seating.placements[: self._membership.nodes]:
                     self._start(placement.rank, placement)
                 self._follow(reader, log, injector)
@@ -139,23 +128,25 @@ class ElasticSupervisor:
             finally:
                 if injector is not None:
                     injector.close()
-                self._end_all()
+                self._workers.close()
+                self._servers.close()
+                self._coordinator.close()
 
     # What the injector needs.
 
     def seats(self) -> list[int]:
         """Every seat there has been, or will be at the start."""
-        return sorted({worker.seat for worker in self._workers} | set(range(self._membership.nodes)))
+        return sorted(set(self._workers.latest()) | set(range(self._membership.nodes)))
 
     def node_of(self, seat: int) -> str:
         """The name of a seat's node."""
-        worker = self._latest().get(seat)
+        worker = self._workers.latest().get(seat)
         return worker.placement.node if worker else self._seating.placements[seat].node
 
     def pid_of(self, seat: int) -> int | None:
         """The seat's process, if it runs."""
-        worker = self._latest().get(seat)
-        return worker.process.pid if worker and worker.process.poll() is None else None
+        worker = self._workers.running(seat)
+        return worker.process.pid if worker is not None else None
 
     def coordinator_pid(self) -> int | None:
         """The coordinator's process, if it runs."""
@@ -164,27 +155,28 @@ class ElasticSupervisor:
 
     def kill(self, seat: int) -> None:
         """End a worker and its helpers at once."""
-        pid = self.pid_of(seat)
-        if pid is not None:
-            kill_group(pid)
+        worker = self._workers.running(seat)
+        if worker is not None:
+            kill_group(worker.process.pid)
 
     def preempt(self, seat: int) -> None:
         """Ask a worker to leave, as a machine that is taken away does."""
-        worker = self._latest().get(seat)
-        if worker is not None and worker.process.poll() is None:
+        worker = self._workers.running(seat)
+        if worker is not None:
             worker.process.terminate()
 
     def tell(self, seat: int, line: str) -> None:
         """Write a line to a worker's standard input."""
-        worker = self._latest().get(seat)
+        worker = self._workers.running(seat)
         if worker is not None:
             tell(worker.process, line)
 
     def start_worker(self) -> int:
         """Start one more worker: on the first placement that has none, else beside others. Returns its seat."""
-        taken = {worker.placement.rank for worker in self._latest().values() if worker.process.poll() is None}
+        latest = self._workers.latest()
+        taken = {worker.placement.rank for worker in latest.values() if worker.runs}
         free = [placement for placement in self._seating.placements if placement.rank not in taken]
-        is_new = bool(free) and free[0].rank not in self._latest()
+        is_new = bool(free) and free[0].rank not in latest
         seat = free[0].rank if is_new else self._seats.take()
         placement = free[0] if free else self._seating.placements[seat % len(self._seating.placements)]
         self._start(seat, placement)
@@ -212,28 +204,17 @@ class ElasticSupervisor:
         """Start it, or start it again where it listened before."""
         log.write("coordinator_started", address=self._coordinator.start())
 
-    def _start_servers(self) -> None:
-        for index in range(self._membership.servers):
-            placement = self._seating.placements[index % len(self._seating.placements)]
-            env = {**os.environ, "SHOAL_NODE": placement.node, "SHOAL_CONTROL": "stdin", "PYTHONUNBUFFERED": "1"}
-            command = [*placement.prefix, sys.executable, "-m", "shoal.engine.server", str(self.run.path), str(index)]
-            log = self.run.logs / f"server-{index}.log"
-            self._servers.append(open_process(command, {**env, **placement.env}, log))
-
     def _check_servers(self) -> None:
-        """A server that was killed is its replica's and the workers' business; one that failed by itself is not."""
-        for index, server in enumerate(self._servers):
-            if server.poll() is not None and index not in self._ended_servers:
-                self._ended_servers.add(index)
-                self._whereabouts.mark_lost(index)
-                if server.returncode == 1:
-                    raise explain(self.run, {}, since=self._since)
+        for index, code in self._servers.ended().items():
+            self._whereabouts.mark_lost(index)
+            if code == FAILED:
+                raise explain(self.run, {}, since=self._since)
 
     def _start(self, seat: int, placement: Placement) -> None:
         assert self._coordinator.invitation is not None
         neighbours = [other.node for other in self._seating.placements].count(placement.node)
         process = start_worker(self.run, self._coordinator.invitation, seat, placement, neighbours=neighbours)
-        self._workers.append(_Worker(seat, placement, process))
+        self._workers.add(seat, placement, process)
         if self._interrupts:
             ask_to_stop(process)
 
@@ -241,20 +222,18 @@ class ElasticSupervisor:
         watch_at, deadline = 0.0, float("inf")
         while True:
             now = time.monotonic()
-            for worker in self._workers:
-                if worker.process.poll() is not None and not worker.reported:
-                    self._report(worker, log)
-                    if worker.process.returncode == 0 and self._has_finished(worker.seat):
-                        deadline = min(deadline, now + self._membership.lease_s + _GRACE_S)
-            alone = all(worker.reported for worker in self._workers)
-            if alone and not self._joined.remain(stop=self._interrupts > 0):
+            for worker in self._workers.ended():
+                self._report(worker, log)
+                if worker.process.returncode == 0 and self._has_finished(worker.seat):
+                    deadline = min(deadline, now + self._membership.lease_s + _GRACE_S)
+            if self._workers.all_ended and not self._joined.remain(stop=self._interrupts > 0):
                 return
             if self._interrupts > 1:
                 raise KeyboardInterrupt
             if self._coordinator.is_gone():
                 self._start_coordinator(log)
             if now > deadline:
-                self._kill_workers()
+                self._workers.kill()
             self._check_servers()
             events = reader.poll() if injector is not None or now >= watch_at else []
             if injector is not None:
@@ -264,9 +243,8 @@ class ElasticSupervisor:
                 self._watch(events)
             time.sleep(_POLL_S)
 
-    def _report(self, worker: _Worker, log: EventLog) -> None:
+    def _report(self, worker: Worker, log: EventLog) -> None:
         """A worker's process has ended: note it, and start it again if the plan wants that."""
-        worker.reported = True
         code, seat = worker.process.returncode, worker.seat
         log.write("worker_exited", rank=seat, pid=worker.process.pid, exit_code=code)
         kill_group(worker.process.pid)  # what it started and left
@@ -290,26 +268,8 @@ class ElasticSupervisor:
     def _has_finished(self, seat: int) -> bool:
         return has_finished(self.run, seat, self._attempt)
 
-    def _latest(self) -> dict[int, _Worker]:
-        return {worker.seat: worker for worker in self._workers}
-
     def _on_signal(self) -> None:
         self._interrupts += 1
         if self._interrupts == 1:
             self._notice("stopping after this step and saving a checkpoint; once more stops at once")
-            for worker in self._workers:
-                ask_to_stop(worker.process)
-
-    def _kill_workers(self) -> None:
-        for worker in self._workers:
-            if worker.process.poll() is None:
-                worker.killed = True
-                kill_group(worker.process.pid)
-
-    def _end_all(self) -> None:
-        self._kill_workers()
-        for worker in self._workers:
-            collect(worker.process)
-        for server in self._servers:
-            collect(server)
-        self._coordinator.close()
+            self._workers.ask_to_stop()

@@ -7,29 +7,21 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from shoal.errors import RendezvousError
 from shoal.events import Event, EventLog, EventReader
 from shoal.launch.failure import explain
 from shoal.launch.placement import Placement, Seating
-from shoal.launch.processes import ask_to_stop, collect, kill_group, open_process, signals
+from shoal.launch.processes import open_process, signals
+from shoal.launch.servers import FAILED, Servers
+from shoal.launch.workers import Workers
 from shoal.run import Run
 
 _POLL_S = 0.1
 _GRACE_S = 3.0
-
-
-@dataclass
-class _Worker:
-    placement: Placement
-    process: subprocess.Popen[bytes]
-    reported: bool = False
-    killed: bool = False
 
 
 class Supervisor:
@@ -58,8 +50,8 @@ class Supervisor:
         self._num_servers = num_servers
         self._watch = watch
         self._notice = notice
-        self._workers: list[_Worker] = []
-        self._servers: list[subprocess.Popen[bytes]] = []  # their end is the workers' business, which know replicas
+        self._workers = Workers()
+        self._servers = Servers(run)
         self._failed: dict[int, int] = {}  # rank -> exit code, of those that ended badly by themselves, first to last
         self._interrupts = 0
         self._since = 0.0
@@ -84,93 +76,72 @@ class Supervisor:
                 if self._failed:
                     raise explain(self._run, self._failed, since=self._since)
             finally:
-                self._kill()
+                self._workers.close()
+                self._servers.close()
 
     def _start(self) -> None:
         listener = _listen(self._seating) if self._seating.port == 0 or not self._seating.placements[0].prefix else None
         try:
             port = listener.getsockname()[1] if listener else self._seating.port
             for placement in self._seating.placements:
-                self._workers.append(self._spawn(placement, port, listener))
-            for index in range(self._num_servers):
-                placement = self._seating.placements[index % len(self._seating.placements)]
-                self._servers.append(self._spawn_server(index, placement, port))
+                self._start_worker(placement, port, listener)
+            self._servers.start(self._seating, self._num_servers, self._meeting(port))
         finally:
             if listener is not None:
                 listener.close()
 
-    def _spawn(self, placement: Placement, port: int, listener: socket.socket | None) -> _Worker:
+    def _start_worker(self, placement: Placement, port: int, listener: socket.socket | None) -> None:
         handed = listener.fileno() if listener is not None and placement.rank == 0 else None
-        env = self._env(placement, port)
-        env |= {"RANK": str(placement.rank), "LOCAL_RANK": str(placement.local_rank)}
-        env |= {"SHOAL_LISTEN_FD": str(handed)} if handed is not None else {}
-        command = [*placement.prefix, sys.executable, "-m", "shoal.engine.worker", str(self._run.path)]
-        command += ["--resume"] if self._resume else []
-        return _Worker(placement, self._open(command, env, f"rank-{placement.rank}", handed))
-
-    def _spawn_server(self, index: int, placement: Placement, port: int) -> subprocess.Popen[bytes]:
-        command = [*placement.prefix, sys.executable, "-m", "shoal.engine.server", str(self._run.path), str(index)]
-        return self._open(command, self._env(placement, port), f"server-{index}", None)
-
-    def _env(self, placement: Placement, port: int) -> dict[str, str]:
-        return {
+        env = {
             **os.environ,
-            "WORLD_SIZE": str(len(self._seating.placements)),
-            "MASTER_ADDR": self._seating.address,
-            "MASTER_PORT": str(port),
+            **self._meeting(port),
+            "RANK": str(placement.rank),
+            "LOCAL_RANK": str(placement.local_rank),
             "SHOAL_NODE": placement.node,
             "SHOAL_CONTROL": "stdin",
             "PYTHONUNBUFFERED": "1",
             **placement.env,
         }
+        env |= {"SHOAL_LISTEN_FD": str(handed)} if handed is not None else {}
+        command = [*placement.prefix, sys.executable, "-m", "shoal.engine.worker", str(self._run.path)]
+        command += ["--resume"] if self._resume else []
+        process = open_process(command, env, self._run.logs / f"rank-{placement.rank}.log", handed)
+        self._workers.add(placement.rank, placement, process)
 
-    def _open(self, command: list[str], env: dict[str, str], name: str, handed: int | None) -> subprocess.Popen[bytes]:
-        return open_process(command, env, self._run.logs / f"{name}.log", handed)
+    def _meeting(self, port: int) -> dict[str, str]:
+        """Where all meet, and how many."""
+        return {
+            "WORLD_SIZE": str(len(self._seating.placements)),
+            "MASTER_ADDR": self._seating.address,
+            "MASTER_PORT": str(port),
+        }
 
     def _follow(self, reader: EventReader, log: EventLog) -> None:
         deadline: float | None = None
         while True:
-            for worker in self._workers:
-                if worker.process.poll() is not None and not worker.reported:
-                    worker.reported = True
-                    code, rank = worker.process.returncode, worker.placement.rank
-                    log.write("worker_exited", rank=rank, pid=worker.process.pid, exit_code=code)
-                    if code != 0 and not worker.killed:
-                        self._failed[rank] = code
-                        deadline = deadline or time.monotonic() + _GRACE_S
-            if all(worker.reported for worker in self._workers):
+            for worker in self._workers.ended():
+                code = worker.process.returncode
+                log.write("worker_exited", rank=worker.seat, pid=worker.process.pid, exit_code=code)
+                if code != 0 and not worker.killed:
+                    self._failed[worker.seat] = code
+                    deadline = deadline or time.monotonic() + _GRACE_S
+            if self._workers.all_ended:
                 return
             if self._interrupts > 1:
                 raise KeyboardInterrupt
-            self._check_servers()
+            if FAILED in self._servers.ended().values():
+                raise explain(self._run, {}, since=self._since)
             if deadline is not None and time.monotonic() > deadline:
-                self._kill()
+                self._workers.kill()
             self._watch(reader.poll())
             time.sleep(_POLL_S)
-
-    def _check_servers(self) -> None:
-        """A server that was killed is its replica's and the workers' business; one that failed by itself is not."""
-        if any(server.poll() == 1 for server in self._servers):
-            raise explain(self._run, {}, since=self._since)
 
     def _on_signal(self) -> None:
         """A first time ask for a clean stop, a second time for an immediate one."""
         self._interrupts += 1
         if self._interrupts == 1:
             self._notice("stopping after this step and saving a checkpoint; once more stops at once")
-            for worker in self._workers:
-                ask_to_stop(worker.process)
-
-    def _kill(self) -> None:
-        """Kill what still runs, with the processes it started, and collect it."""
-        for worker in self._workers:
-            if worker.process.poll() is None:
-                worker.killed = True
-                kill_group(worker.process.pid)
-        for worker in self._workers:
-            collect(worker.process)
-        for server in self._servers:
-            collect(server)
+            self._workers.ask_to_stop()
 
 
 def _listen(seating: Seating) -> socket.socket:
