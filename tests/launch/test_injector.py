@@ -233,6 +233,22 @@ def test_a_drawn_fault_passes_to_the_next_rank_where_its_own_is_gone(make: Makin
     assert [event["rank"] for event in told(hands, "fault_injected")] == [3, 0, 4]
 
 
+def test_a_drawn_fault_strikes_none_that_waits_for_a_place_as_long_as_others_train(make: Making) -> None:
+    faults = [Fault(kind="kill", rank=1, step=number, spare=0) for number in (1, 2, 3)]
+    injector, hands = make(*faults, num_ranks=3)
+    waits = [
+        {"t": time.time(), "source": f"rank-{seat}", "kind": "waiting", "message": "all places"} for seat in (1, 2)
+    ]
+    injector.observe([step(1, 1), *waits])
+    assert hands.asked == [("kill", 0)]
+    wait_until(lambda: hands.pid_of(0) is None)
+    injector.observe([step(2, 2)])
+    assert hands.asked == [("kill", 0), ("kill", 2)], "it trains again"
+    wait_until(lambda: hands.pid_of(2) is None)
+    injector.observe([step(1, 3), *waits[:1]])
+    assert hands.asked[2:] == [("kill", 1)], "nobody else is left"
+
+
 def test_a_drawn_freeze_waits_until_enough_are_awake(make: Making) -> None:
     faults = [Fault(kind="freeze", rank=rank, step=1, seconds=5.0, spare=2) for rank in (0, 1)]
     injector, hands = make(*faults, num_ranks=3)

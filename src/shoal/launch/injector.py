@@ -80,15 +80,22 @@ class Injector:
         self._log = log
         self._hardships = Hardships(hands.lab, hands.run.path)
         self._steps: dict[int, int] = {}  # seat -> the last step that it committed
+        self._waiting: set[int] = set()  # seats that train no more, or not yet, as they say
         self._doomed: set[int] = set()  # processes that were struck and may not have ended yet
 
     def observe(self, events: Sequence[Event]) -> None:
-        """Take note of new events (`step` of the source `rank-SEAT`), do what is due, and end what has run out."""
-        seen = [(seat, int(event["step"])) for event in events if (seat := _stepping_seat(event)) is not None]
+        """Take note of new events (of the source `rank-SEAT`), do what is due, and end what has run out."""
+        told = [(seat, event) for event in events if (seat := _seat_of(event)) is not None]
+        seen = [(seat, int(event["step"])) for seat, event in told if event["kind"] == "step"]
         if seen and not self._steps:
             self._leave_out_the_past(min(step for _, step in seen))
         for seat, step in seen:
             self._steps[seat] = max(step, self._steps.get(seat, 0))
+        for seat, event in told:
+            if event["kind"] == "waiting":
+                self._waiting.add(seat)
+            elif event["kind"] == "step":
+                self._waiting.discard(seat)
         self.tick(time.monotonic())
 
     def tick(self, now: float) -> None:
@@ -147,8 +154,12 @@ class Injector:
         return True
 
     def _aimed(self, fault: Fault) -> Fault | None:
-        """A drawn fault strikes the next rank where its own is not at work any more; None where nobody is."""
+        """A drawn fault strikes the next rank where its own does not train any more; None where nobody is at work.
+
+        To lose one that waits for a place would be no loss.
+        """
         at_work = self._at_work()
+        at_work = [seat for seat in at_work if seat not in self._waiting] or at_work
         if fault.spare is None or fault.rank is None or fault.rank in at_work:
             return fault
         later = [seat for seat in at_work if seat > fault.rank]
@@ -266,10 +277,10 @@ def _require_rate(fault: Fault, hands: Hands, where: str) -> None:
             )
 
 
-def _stepping_seat(event: Event) -> int | None:
-    """The seat whose step an event reports; None for other events."""
+def _seat_of(event: Event) -> int | None:
+    """The seat of the worker that told it; None where another process did."""
     name, _, number = str(event["source"]).partition("-")
-    return int(number) if event["kind"] == "step" and name == "rank" and number.isdigit() else None
+    return int(number) if name == "rank" and number.isdigit() else None
 
 
 def _counted(faults: Sequence[Fault]) -> str:
