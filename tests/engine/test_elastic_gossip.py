@@ -16,14 +16,13 @@ from elastic_runs import (
     plan,
 )
 from replicas import TARGET, Replica, copied, samples_of
+from seen_runs import SEEN, calm_and_struck, seen_by, twice_after_a_loss
 from torch import Tensor
 
 from command_line import train
 from shoal.run import Run
 from shoal.strategy.sync.gossip import GossipConfig, graph_of
 from training_runs import final_state
-
-SEEN = str(Path(__file__).parents[1] / "jobs" / "seen.py") + ":job"
 
 
 def step_alone(replica: Replica, rank: int, size: int, step: int) -> None:
@@ -108,62 +107,27 @@ def test_a_lost_neighbour_and_a_newcomer_leave_d_psgd_of_the_graphs_of_their_vie
     assert lost["last_step"] - lost["first_step"] < 20, "neighbours knew of nearly all that it did"
 
 
-def seen_by(folder: Path) -> dict[int, list[int]]:
-    """Seat -> the samples that it computed on, in order."""
-    return {
-        int(path.name.removeprefix("seat-")): [int(i) for line in path.read_text().split() for i in line.split(",")]
-        for path in folder.iterdir()
-    }
-
-
 @pytest.mark.slow  # in CI the servers' form stands for both: the leases are the same
 @pytest.mark.parametrize("victim", [0, 2])
 def test_at_their_own_pace_ranks_lease_again_what_nobody_has_learned_from_the_lost_one(
     victim: int, tmp_path: Path
 ) -> None:
     """Rank 0 holds the counter of the leases."""
-    (tmp_path / "seen").mkdir()
-    given = [
-        *plan(tmp_path, 'kind = "gossip"\nmode = "asynchronous"'),
-        *faults(tmp_path, f'kind = "kill"\nrank = {victim}\nstep = 100', 'kind = "join"\nstep = 5'),
-        *("--set", f"seen={tmp_path / 'seen'}", "--set", "num_samples=480", "--set", "nap_s=0.03"),
-    ]
-    ended = train(SEEN, tmp_path / "run", *given, "--nodes", "4", "--steps", "400")
-    assert ended.code == 0, ended.stderr
-    run, seen = Run(tmp_path / "run"), seen_by(tmp_path / "seen")
-    told = chapters(run)
-    assert any(victim not in chapter.seats for chapter in told)
-    assert len(told[-1].seats) == 4, "one came, one went"
-    assert seen[4], "the newcomer took part"
-    counts = Counter(index for indices in seen.values() for index in indices)
-    assert min(counts.values()) >= 10, "a sample of some epoch is missing"
-    excess = Counter({index: count - 10 for index, count in counts.items() if count > 10})
-    assert excess <= Counter(seen[victim]), "twice is only what the lost rank took with it"
-    assert excess.total() <= 12, "averages have told of nearly all that it did"
-    assert final_state(run)["progress"]["samples"] == 4800
+    twice = twice_after_a_loss(tmp_path, 'kind = "gossip"\nmode = "asynchronous"', victim)
+    assert twice <= 12, "averages have told of nearly all that it did"
 
 
 @pytest.mark.slow
 def test_under_a_codec_neighbours_begin_anew_to_tell_each_other_and_stay_close(tmp_path: Path) -> None:
-    (tmp_path / "seen").mkdir()
-    given = [
-        *plan(tmp_path, 'kind = "gossip"', more='[codec]\nkind = "int8"\n[validation]\nevery = 20'),
-        *("--set", f"seen={tmp_path / 'seen'}", "--set", "nap_s=0.01", "--nodes", "4", "--steps", "200"),
-    ]
-    losses = {}
-    for name, more in {"calm": [], "struck": faults(tmp_path, 'kind = "kill"\nrank = 1\nstep = 70')}.items():
-        ended = train(SEEN, tmp_path / name, *given, *more)
-        assert ended.code == 0, ended.stderr
-        losses[name] = events(Run(tmp_path / name), "validation")[-1]["loss"]
-    run = Run(tmp_path / "struck")
+    told = calm_and_struck(tmp_path, 'kind = "gossip"', "int8")
+    run = told.run
     [reset] = events(run, "gossip_memory_reset")
     assert reset["step"] == chapters(run)[1].start
     distances = [(event["step"], event["distance"]) for event in events(run, "consensus")]
     assert [step for step, _ in distances][:10] == list(range(20, 201, 20))
     before = max(distance for step, distance in distances if step <= reset["step"])
     assert distances[-1][1] < 2 * before, "the healed ring mixes as the old one did"
-    first = events(run, "validation")[0]["loss"]
-    assert losses["struck"] < losses["calm"] + 0.1 * (first - losses["calm"])
+    told.assert_learned_alike()
 
 
 @pytest.mark.slow

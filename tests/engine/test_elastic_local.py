@@ -14,14 +14,13 @@ import pytest
 import torch
 from elastic_runs import Chapter, assert_every_sample_once_or_told_as_lost, chapters, events, faults, plan
 from replicas import TARGET, Replica, copied, fragments_of, samples_of
+from seen_runs import calm_and_struck
 from torch import Tensor
 from torch.optim import SGD
 
 from command_line import train, training
 from shoal.run import Run
 from training_runs import final_state
-
-SEEN = str(Path(__file__).parents[1] / "jobs" / "seen.py") + ":job"
 
 
 @dataclass(frozen=True)
@@ -349,21 +348,10 @@ def test_a_measured_rhythm_goes_over_to_later_views_and_one_that_is_not_is_measu
 
 @pytest.mark.slow
 def test_under_a_codec_error_feedback_begins_anew_and_training_goes_on(tmp_path: Path) -> None:
-    (tmp_path / "seen").mkdir()
-    given = [
-        *plan(tmp_path, STREAMING.sync, more='[codec]\nkind = "topk"\n[validation]\nevery = 20'),
-        *("--set", f"seen={tmp_path / 'seen'}", "--set", "nap_s=0.01", "--nodes", "4", "--steps", "200"),
-    ]
-    losses = {}
-    for name, more in {"calm": [], "struck": faults(tmp_path, 'kind = "kill"\nrank = 1\nstep = 70')}.items():
-        ended = train(SEEN, tmp_path / name, *given, *more)
-        assert ended.code == 0, ended.stderr
-        losses[name] = [event["loss"] for event in events(Run(tmp_path / name), "validation")]
-    run = Run(tmp_path / "struck")
-    [reset] = events(run, "residuals_reset")
-    assert reset["step"] == chapters(run)[1].start
-    first, last = losses["struck"][0], losses["calm"][-1]
-    assert losses["struck"][-1] < last + 0.1 * (first - last)
+    told = calm_and_struck(tmp_path, STREAMING.sync, "topk")
+    [reset] = events(told.run, "residuals_reset")
+    assert reset["step"] == chapters(told.run)[1].start
+    told.assert_learned_alike()
 
 
 @pytest.mark.slow

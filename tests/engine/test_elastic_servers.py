@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import torch
 from elastic_runs import batches, chapters, events, faults, plan
 from replicas import NUM_SAMPLES, SEED
+from seen_runs import SEEN, twice_after_a_loss
 from torch import Tensor
 
 from command_line import train, training
@@ -22,15 +22,7 @@ from shoal.run import Run
 from training_runs import final_state
 
 JOBS = Path(__file__).parents[1] / "jobs"
-SEEN, REFERENCE = f"{JOBS / 'seen.py'}:job", f"{JOBS / 'reference.py'}:job"
-
-
-def seen_by(folder: Path) -> dict[int, list[int]]:
-    """Seat -> the samples that it computed on, in order."""
-    return {
-        int(path.name.removeprefix("seat-")): [int(i) for i in re.split(r"[,\n]+", path.read_text().strip())]
-        for path in folder.iterdir()
-    }
+REFERENCE = f"{JOBS / 'reference.py'}:job"
 
 
 def single_process(steps: int) -> dict[str, Tensor]:
@@ -101,25 +93,8 @@ def test_async_goes_on_without_a_lost_worker_and_leases_again_what_the_servers_d
     victim: int, tmp_path: Path
 ) -> None:
     """Rank 0 holds the counter of the leases."""
-    (tmp_path / "seen").mkdir()
-    given = [
-        *plan(tmp_path, 'kind = "parameter_server"\nmode = "async"\nservers = 2'),
-        *faults(tmp_path, f'kind = "kill"\nrank = {victim}\nstep = 100', 'kind = "join"\nstep = 5'),
-        *("--set", f"seen={tmp_path / 'seen'}", "--set", "num_samples=480", "--set", "nap_s=0.03"),
-    ]
-    ended = train(SEEN, tmp_path / "run", *given, "--nodes", "4", "--steps", "400")
-    assert ended.code == 0, ended.stderr
-    run, seen = Run(tmp_path / "run"), seen_by(tmp_path / "seen")
-    told = chapters(run)
-    assert any(victim not in chapter.seats for chapter in told)
-    assert len(told[-1].seats) == 4, "one came, one went"
-    assert seen[4], "the newcomer took part"
-    counts = Counter(index for indices in seen.values() for index in indices)
-    assert min(counts.values()) >= 10, "a sample of some epoch is missing"
-    excess = Counter({index: count - 10 for index, count in counts.items() if count > 10})
-    assert excess <= Counter(seen[victim]), "twice is only what the lost worker had in hand"
-    assert excess.total() <= 6, "that is one part, and one that had not arrived whole"
-    assert final_state(run)["progress"]["samples"] == 4800
+    twice = twice_after_a_loss(tmp_path, 'kind = "parameter_server"\nmode = "async"\nservers = 2', victim)
+    assert twice <= 6, "that is one part, and one that had not arrived whole"
 
 
 @pytest.mark.slow
