@@ -145,3 +145,66 @@ def test_a_closed_view_gives_its_sockets_back(told: list[dict[str, Any]]) -> Non
 
 def test_survivors_form_another_view(told: list[dict[str, Any]]) -> None:
     assert [rank["survivors"] for rank in told[:2]] == [[10.0]] * 2
+
+
+MIDWAY = """
+import json, os, signal, sys, threading, time
+from datetime import timedelta
+import torch
+import torch.distributed as dist
+from shoal.errors import PeerLostError
+from shoal.wire.groups import World, failures_as_lost_peers
+
+rank, port, kind = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+base = dist.TCPStore("127.0.0.1", port, None, rank == 0, wait_for_workers=False, timeout=timedelta(seconds=60))
+world = World(dist.PrefixStore("view", base), rank, 2, torch.device("cpu"), exempt_ports=[port])
+world.connect()
+beside = world.group("beside", [0, 1])
+large = torch.ones(100_000_000)
+
+def exchange():
+    if kind == "leaving":
+        (beside.send(large, 1) if rank == 0 else beside.receive(large, 0)).wait()
+    elif kind == "arriving":
+        (beside.send(large, 0) if rank == 1 else beside.receive(large, 1)).wait()
+    else:
+        beside.broadcast(large, 1)
+
+world.everybody.barrier()
+if rank == 1:
+    threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGSTOP)).start()  # in the middle of it
+    exchange()
+    raise SystemExit("it came to its end before it could freeze")
+threading.Timer(1.0, world.cut).start()
+started = time.perf_counter()
+try:
+    with failures_as_lost_peers("the exchange"):
+        exchange()
+except PeerLostError as error:
+    told = str(error)
+freed_s = time.perf_counter() - started
+world.close()
+print(json.dumps([freed_s, time.perf_counter() - started, told]), flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("kind", ["collective", "arriving", "leaving"])
+def test_a_cut_frees_who_has_got_a_part_of_a_message(kind: str) -> None:
+    """Gloo alone would wait for the rest of it for half an hour, and so would whoever closes the group."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-c", MIDWAY]
+    processes = [
+        subprocess.Popen([*command, str(rank), str(port), kind], stdout=subprocess.PIPE, text=True) for rank in (0, 1)
+    ]
+    try:
+        said, _ = processes[0].communicate(timeout=60)
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    freed_s, closed_s, told = json.loads(said)
+    assert 1.0 <= freed_s < 8.0, told
+    assert closed_s < 8.0

@@ -35,6 +35,11 @@ class TorchTransport:
         self._device = device
         self.traffic = Traffic()
 
+    @property
+    def is_stuck(self) -> bool:
+        """Whether a thread waits in vain for a message, although the view was cut."""
+        return self._group.is_stuck
+
     def allocate(self, num_values: int, dtype: torch.dtype) -> Memory:
         """Private memory: collectives work in place."""
         return private_memory(num_values, dtype, self._device, self._pool)

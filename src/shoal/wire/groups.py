@@ -4,18 +4,26 @@ They are torch.distributed's own backends (Gloo, NCCL), each with connections of
 state: a group of the next view can be made while those of this one still work, and whoever waits in a group that a
 lost peer will never answer can be freed. Gloo has no such call (its `abort` leaves waiting operations waiting), so
 `cut` shuts the sockets down that a group opened; to the operations it looks as if the peer had gone.
+
+Gloo tells this to all who wait but one: whoever has got a part of a message waits on for the rest of it, until the
+timeout (gloo/transport/tcp/pair.cc, `signalException` leaves out the receive and the send that have begun). So nobody
+here waits without looking, now and then, whether the view has been cut. What is left waiting inside Gloo is let alone,
+with its group: to destroy that would mean to wait for it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import os
 import socket
 import stat
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -28,10 +36,14 @@ from torch import Tensor
 from torch._C._distributed_c10d import _register_process_group, _unregister_process_group
 
 from shoal.errors import PeerLostError
+from shoal.wire.waiting import LOOK_S, result_unless
 
 SILENCE_TIMEOUT_S = 1800.0
 """A peer silent for longer than this counts as lost; one that dies is noticed at once, by its closed connection."""
 _SILENCE = timedelta(seconds=SILENCE_TIMEOUT_S)
+_LOOK = timedelta(seconds=LOOK_S)
+_FREE_WITHIN_S = 3.0
+"""Who is not free so long after a cut never will be."""
 _DESCRIPTORS = Path("/proc/self/fd")
 _NUMBERS = itertools.count()  # of process groups that torch.distributed knows by name
 
@@ -40,15 +52,36 @@ def _never() -> bool:
     return False
 
 
+def _always() -> bool:
+    return True
+
+
 class Group:
-    """Some ranks of a view. One thread at a time; ranks are places in `members`, whose values are global ranks."""
+    """Some ranks of a view. One thread at a time; ranks are places in `members`, whose values are global ranks.
+
+    Attributes:
+        is_over: whether the view was cut so long ago that all who wait should be free.
+    """
 
     def __init__(
-        self, backends: dict[str, Any], members: Sequence[int], rank: int, timeout: timedelta | None = None
+        self,
+        backends: dict[str, Any],
+        members: Sequence[int],
+        rank: int,
+        timeout: timedelta | None = None,
+        *,
+        on_lane: bool = False,
     ) -> None:
-        """`backends`: by type of device. `timeout`: of one message; the other operations have the backends' own."""
-        self._timeout = timeout
+        """`backends`: by type of device. `timeout`: of one message; the other operations have the backends' own.
+
+        `on_lane`: messages are waited for on a thread that may be given up, once the group `is_stuck`.
+        """
+        self.timeout = timeout
+        self.on_lane = on_lane
         self.is_to_damage: Callable[[], bool] = _never
+        self.is_over: Callable[[], bool] = _never
+        self._waiting: list[None] = []  # one for each thread
+        self._given_up = False
         self.members = list(members)
         self.index = self.members.index(rank)
         self._backends = backends
@@ -60,17 +93,17 @@ class Group:
 
     def all_reduce(self, tensor: Tensor) -> None:
         """Sum over all members, in place."""
-        self._of(tensor).allreduce([tensor]).wait()
+        self._finish(self._of(tensor).allreduce([tensor]), tensor)
 
     def broadcast(self, tensor: Tensor, root: int) -> None:
         """Copy member `root`'s tensor into everybody's."""
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = root, 0
-        self._of(tensor).broadcast([tensor], options).wait()
+        self._finish(self._of(tensor).broadcast([tensor], options), tensor)
 
     def all_gather(self, rows: list[Tensor], tensor: Tensor) -> None:
         """Collect every member's tensor into `rows`, in their order."""
-        self._of(tensor).allgather([rows], [tensor]).wait()
+        self._finish(self._of(tensor).allgather([rows], [tensor]), tensor)
 
     def all_to_all(self, received: Tensor, sent: Tensor) -> None:
         """Row i of `sent` goes to member i (NCCL)."""
@@ -80,15 +113,15 @@ class Group:
         """Begin to send to member `to`; returns what to `wait` for."""
         if tensor.numel() and self.is_to_damage():
             tensor = _damaged(tensor)
-        return _Message(self._of(tensor).send([tensor], to, 0), self._timeout)
+        return _Message(self, self._of(tensor).send([tensor], to, 0), tensor)
 
     def receive(self, tensor: Tensor, source: int) -> Any:
         """Begin to receive from member `source`; returns what to `wait` for."""
-        return _Message(self._of(tensor).recv([tensor], source, 0), self._timeout)
+        return _Message(self, self._of(tensor).recv([tensor], source, 0), tensor)
 
     def barrier(self) -> None:
         """Wait until every member is here."""
-        next(iter(self._backends.values())).barrier().wait()
+        self._finish(next(iter(self._backends.values())).barrier())
 
     def as_process_group(self, store: dist.Store) -> dist.ProcessGroup:
         """This group as torch.distributed's functions take it, known to it by a name of its own; not a second one."""
@@ -101,27 +134,86 @@ class Group:
         _register_process_group(made.group_name, made)
         return made
 
+    @property
+    def is_stuck(self) -> bool:
+        """Whether a thread of this process waits in vain for a message."""
+        return bool(self._waiting) and self.is_over()
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """While a thread waits inside the library."""
+        self._waiting.append(None)
+        try:
+            yield
+        finally:
+            self._waiting.pop()
+
     def close(self) -> None:
-        """Let the library close what nobody uses any more."""
+        """Let the library close what nobody uses any more. The view has been cut."""
+        while self._waiting and not self.is_over():
+            time.sleep(0.005)
+        if self._given_up or self._waiting:
+            for backend in self._backends.values():
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(backend))  # never destroyed: that waits for its threads
         self._backends.clear()
-        self.is_to_damage = _never  # else the view's memory would wait for the garbage collector
+        self.is_to_damage, self.is_over = _never, _always  # else the view's memory would wait for the garbage collector
+
+    def _finish(self, work: Any, tensor: Tensor | None = None) -> None:
+        """Wait for a collective. On a GPU the library's own wait does not block."""
+        if tensor is not None and tensor.device.type != "cpu":
+            work.wait()
+            return
+        with self.waiting():
+            while not _is_over_in(work, _LOOK):
+                if self.is_over():
+                    self._given_up = True
+                    raise PeerLostError(f"an operation over ranks {self.members} did not end with its view")
 
     def _of(self, tensor: Tensor) -> Any:
         return self._backends[tensor.device.type]
 
 
+def _is_over_in(work: Any, time: timedelta) -> bool:
+    """Whether a collective comes to its end within a time, which does no harm to it. Raises what went wrong in it."""
+    try:
+        work.wait(time)
+    except RuntimeError:
+        if not work.is_completed():
+            return False
+        work.wait()
+    return True
+
+
 @dataclass(frozen=True)
 class _Message:
-    """One on its way. Gloo gives messages the timeout of connecting, unless it is told another."""
+    """One on its way. To wait for it with a timeout that runs out would break the group."""
 
+    group: Group
     work: Any
-    timeout: timedelta | None
+    tensor: Tensor
 
     def wait(self) -> None:
-        if self.timeout is None:
-            self.work.wait()
-        else:
-            self.work.wait(self.timeout)
+        if self.group.on_lane or self.tensor.device.type != "cpu":
+            self._wait()
+            return
+        waited: Future[None] = Future()
+        threading.Thread(target=self._wait_for, args=(waited,), daemon=True, name="shoal-message").start()
+        result_unless(waited, lambda: self.group.is_stuck)
+
+    def _wait_for(self, waited: Future[None]) -> None:
+        try:
+            self._wait()
+            waited.set_result(None)
+        except BaseException as error:
+            waited.set_exception(error)
+
+    def _wait(self) -> None:
+        """Gloo gives messages the timeout of connecting, unless it is told another."""
+        with self.group.waiting():
+            if self.group.timeout is None:
+                self.work.wait()
+            else:
+                self.work.wait(self.group.timeout)
 
 
 class World:
@@ -162,7 +254,7 @@ class World:
         self._groups: list[Group] = []
         self._damages: list[None] = []
         self._made: Counter[str] = Counter()
-        self._is_cut = False
+        self._cut_at: float | None = None
         self._everybody: Group | None = None
 
     def connect(self) -> None:
@@ -182,10 +274,12 @@ class World:
     @property
     def is_cut(self) -> bool:
         """Whether `cut` has been called."""
-        return self._is_cut
+        return self._cut_at is not None
 
-    def group(self, name: str, members: Sequence[int]) -> Group:
+    def group(self, name: str, members: Sequence[int], *, on_lane: bool = False) -> Group:
         """Connect the ranks `members`, of which this is one. Collective over them, who all call it by the same `name`.
+
+        `on_lane`: see `Group`.
 
         Raises:
             PeerLostError: a rank could not be reached, or the view was cut.
@@ -205,14 +299,14 @@ class World:
                 nccl = dist.ProcessGroupNCCL(dist.PrefixStore("cuda", store), index, len(members), options)
                 backends["cuda"] = nccl
             own = {fd: inode for fd, inode in _open_sockets().items() if before.get(fd) != inode}
-        group = Group(backends, members, self.rank, _SILENCE)
-        if self._is_cut:
+        group = Group(backends, members, self.rank, _SILENCE, on_lane=on_lane)
+        if self.is_cut:
             # Whose the new sockets are is not certain: the next view may be connecting already. Letting go of the
             # group closes its own, and nobody here waits for an operation of it.
             group.close()
             raise PeerLostError(f"connecting ranks {list(members)} failed: the view was cut meanwhile")
         self._sockets |= own
-        group.is_to_damage = self._take_damage
+        group.is_to_damage, group.is_over = self._take_damage, self._is_over
         self._groups.append(group)
         return group
 
@@ -250,12 +344,12 @@ class World:
     def on_cut(self, action: Callable[[], None]) -> None:
         """Call `action` when the view is cut, from whatever thread that is; now, if it has been."""
         self._on_cut.append(action)
-        if self._is_cut:
+        if self.is_cut:
             action()
 
     def cut(self) -> None:
         """End every operation of this view at once, here and as others see it; from any thread, any number of times."""
-        self._is_cut = True
+        self._cut_at = self._cut_at or time.monotonic()
         for action in list(self._on_cut):
             action()
         self._shut_down()
@@ -274,6 +368,9 @@ class World:
             group.close()
         self._groups.clear()
         self._sockets.clear()
+
+    def _is_over(self) -> bool:
+        return self._cut_at is not None and time.monotonic() > self._cut_at + _FREE_WITHIN_S
 
     def _shut_down(self) -> None:
         for descriptor, inode in list(self._sockets.items()):

@@ -43,7 +43,13 @@ class _Shared:
 
 
 class SharedMemoryTransport:
-    """The node group on CPU. `AllReduce` and `Broadcast` take only memory that `allocate` made."""
+    """The node group on CPU. `AllReduce` and `Broadcast` take only memory that `allocate` made.
+
+    Attributes:
+        is_stuck: whether a thread waits although the view was cut; here a cut frees all.
+    """
+
+    is_stuck = False
 
     def __init__(
         self,

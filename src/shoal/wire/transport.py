@@ -31,6 +31,10 @@ class Transport(Protocol):
     traffic: Traffic
     """What this rank has put on the network so far."""
 
+    @property
+    def is_stuck(self) -> bool:
+        """Whether a thread waits in vain for a message of this transport, although its view was cut."""
+
     def allocate(self, num_values: int, dtype: torch.dtype) -> Memory:
         """Make zeroed memory that `AllReduce` works on fastest. Collective: every member, in the same order."""
 

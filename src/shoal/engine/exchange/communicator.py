@@ -21,6 +21,7 @@ from shoal.errors import PeerLostError
 from shoal.ops import Exchange
 from shoal.wire.traffic import Traffic, total
 from shoal.wire.transport import Transport
+from shoal.wire.waiting import result_unless
 
 
 def perform(exchange: Exchange, transports: Mapping[str, Transport]) -> Any:
@@ -64,7 +65,7 @@ class Lane:
 
     def wait(self, future: Future[Any]) -> Any:
         """Wait for an exchange and return its value; raises what went wrong in it (PeerLostError, ...)."""
-        value = future.result()
+        value = result_unless(future, lambda: any(transport.is_stuck for transport in self.transports.values()))
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
         return value

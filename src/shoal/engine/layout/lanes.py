@@ -45,7 +45,7 @@ class Lanes:
         return transports
 
     def _over(self, lane: int, name: str, members: list[int]) -> Transport:
-        group = self._world.group(f"{lane}/{name}", members)
+        group = self._world.group(f"{lane}/{name}", members, on_lane=True)
         return TorchTransport(group, self._device, verify=self._verify, pool=self._pool)
 
     def _node(self, lane: int) -> Transport:
