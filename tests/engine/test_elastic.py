@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,26 @@ def test_a_worker_that_hangs_while_its_heartbeat_goes_on_ends_itself_and_the_oth
     assert "go_wrong" in stuck["stack"], "it says where it stands"
     assert "go_wrong" in (run.logs / "rank-1.log").read_text()
     assert "seat 1 ended itself" in ended.stdout + ended.stderr
+    assert_nothing_runs(run)
+
+
+def test_a_worker_that_does_not_come_out_of_a_broken_view_ends_itself(tmp_path: Path) -> None:
+    """It hangs in backward, which may well wait for others; but not any more once another one is lost."""
+    given = [*plan(tmp_path, min_nodes=1, elastic="stuck_after_s = 2.0"), "--nodes", "3", "--steps", "40"]
+    given += ["--set", "fault=hang in backward", "--set", "nap_s=0.02"]
+    with training(FAULTY, tmp_path / "run", *given) as handle:
+        handle.wait_for_step(1)
+        time.sleep(1.0)  # by now it hangs, and the others wait for it
+        before = max(committed(handle.run))
+        handle.workers()[2].kill()
+        ended = handle.wait()
+    assert ended.code == 0, ended.stderr
+    run = Run(tmp_path / "run")
+    assert before < 40
+    assert sorted(committed(run)) == list(range(1, 41))
+    [stuck] = events(run, "stuck")
+    assert stuck["source"] == "rank-1"
+    assert "the way out of a broken view took longer than elastic.stuck_after_s = 2" in stuck["message"]
     assert_nothing_runs(run)
 
 

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, TensorDataset
 import shoal
 
 Batch = tuple[Tensor, Tensor]
-Fault = Literal["", "raise", "nan", "exit", "kill", "hang"]
+Fault = Literal["", "raise", "nan", "exit", "kill", "hang", "hang in backward"]
 
 
 class Loss:
@@ -49,6 +49,8 @@ class Loss:
                 os.kill(os.getpid(), signal.SIGKILL)
             case "hang":
                 time.sleep(3600)
+            case "hang in backward":
+                loss.register_hook(lambda _: time.sleep(3600))
         return loss
 
 

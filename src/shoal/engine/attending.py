@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from shoal.engine.checkpoint.session import CheckpointSession
 from shoal.engine.connecting import Connecting
 from shoal.engine.following import Following
 from shoal.engine.garbage import let_go
+from shoal.engine.patience import Endless, Patience, Watch, end_this_process
 from shoal.engine.start import Start
 from shoal.engine.turnover import Turnover
 from shoal.errors import PeerLostError
@@ -32,6 +34,7 @@ class AttendingRank(ABC):
         self._plan: Plan = load_plan(start.run.plan)
         self._current: Connecting | None = None
         self._checkpoints: CheckpointSession | None = None
+        self._way_out = self._watch()
 
     def train(self) -> None:
         """Go through views until training ends, or this rank has left.
@@ -62,6 +65,23 @@ class AttendingRank(ABC):
     @abstractmethod
     def _stop_waiting(self) -> None:
         """Asked to stop, or to leave, while too few are left."""
+
+    def _watch(self) -> Watch:
+        """What ends this rank when something that waits for nobody takes longer than `elastic.stuck_after_s`."""
+        limit_s = self._plan.elastic.stuck_after_s
+        return Patience(limit_s, self._end_stuck) if limit_s else Endless()
+
+    def _end_stuck(self, what: str, stack: str) -> None:
+        """This rank will never come to the next exchange: better that the others lose it than that they wait."""
+        self._log.write(
+            "stuck",
+            message=f"seat {self._start.seat} ended itself, so that the others go on: {what} took longer than "
+            f"elastic.stuck_after_s = {self._plan.elastic.stuck_after_s:g}; where it stood is in "
+            f"logs/rank-{self._start.seat}.log",
+            stack=stack,
+        )
+        print(f"stuck in {what}:\n{stack}", file=sys.stderr, flush=True)
+        end_this_process()
 
     def _train_in(self, connecting: Connecting) -> bool:
         before, self._current = self._current, connecting

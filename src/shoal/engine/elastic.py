@@ -17,7 +17,6 @@ import functools
 import json
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Mapping
 
@@ -42,7 +41,6 @@ from shoal.engine.garbage import spare_what_lasts
 from shoal.engine.handover import Outcome, hand_over, tell
 from shoal.engine.loop import TURN, Loop
 from shoal.engine.newcomer import Newcomer
-from shoal.engine.patience import Endless, Patience, Watch, end_this_process
 from shoal.engine.progress import Progress
 from shoal.engine.replicas import make_equal
 from shoal.engine.restoring import restore
@@ -131,22 +129,9 @@ class _ElasticRank(AttendingRank):
         self._experience = Experience()
         self._has_begun = False
         self._node = here.nodes[0]
-        limit_s = self._plan.elastic.stuck_after_s
-        self._patience: Watch = Patience(limit_s, self._end_stuck) if limit_s else Endless()
+        self._patience = self._watch()
         spare_what_lasts()
-        self.views = Following(start, self._plan, self._target, self._device, self._node, env)
-
-    def _end_stuck(self, what: str, stack: str) -> None:
-        """This rank will never come to the next exchange: better that the others lose it than that they wait."""
-        self._log.write(
-            "stuck",
-            message=f"seat {self._start.seat} ended itself, so that the others go on: {what} took longer than "
-            f"elastic.stuck_after_s = {self._plan.elastic.stuck_after_s:g}; where it stood is in "
-            f"logs/rank-{self._start.seat}.log",
-            stack=stack,
-        )
-        print(f"stuck in {what}:\n{stack}", file=sys.stderr, flush=True)
-        end_this_process()
+        self.views = Following(start, self._plan, self._target, self._device, self._node, env, self._way_out)
 
     def _stop_waiting(self) -> None:
         """Asked to stop while too few are left: nobody else may hold what this rank holds."""

@@ -23,6 +23,7 @@ from shoal.cluster.membership_events import MEMBERS, PLACE, Waiting
 from shoal.cluster.views import View
 from shoal.engine.build import Connected
 from shoal.engine.connecting import Connecting
+from shoal.engine.patience import Watch
 from shoal.engine.start import Start, fingerprint
 from shoal.errors import PeerLostError
 from shoal.job.target import Target
@@ -47,9 +48,20 @@ class Following:
     """
 
     def __init__(
-        self, start: Start, plan: Plan, target: Target, device: torch.device, node: str, env: Mapping[str, str]
+        self,
+        start: Start,
+        plan: Plan,
+        target: Target,
+        device: torch.device,
+        node: str,
+        env: Mapping[str, str],
+        way_out: Watch,
     ) -> None:
-        """Say hello: from now on this rank may be made a member."""
+        """Say hello: from now on this rank may be made a member.
+
+        `way_out`: watches that this rank comes here again once its view is broken: nobody is waited for on the way.
+        """
+        self._way_out, self._is_in_view = way_out, False
         self._start, self._plan, self._device, self._log = start, plan, device, start.log
         self._changed = threading.Condition()
         self._current: Connecting | None = None
@@ -93,6 +105,7 @@ class Following:
         Raises:
             RunEnded: another rank's failure, or the launcher's, ended the run.
         """
+        self._arrive()
         told: Waiting | None = None
         epoch = self._current.view.epoch if self._current else 0
         while True:
@@ -100,6 +113,7 @@ class Following:
                 self._changed.wait_for(lambda: self._next is not None or self._excluded_from > epoch, _WORD_S)
                 if self._next is not None:
                     self._current, self._next = self._next, None
+                    self._is_in_view = True
                     return self._current
                 goes = told is not None and told.what == PLACE and self._is_ending()
                 if goes or self._excluded_from > epoch or (self._is_leaving and self._current is None):
@@ -162,6 +176,8 @@ class Following:
             if self._current is not None and self._is_over(self._current.view, view):
                 self._lost_at = self._lost_at or time.perf_counter()
                 self._current.cut()
+                if self._is_in_view:
+                    self._way_out.begin("the way out of a broken view")
             if rank is None:
                 self._excluded_from = view.epoch
             else:
@@ -209,6 +225,11 @@ class Following:
         timer = threading.Timer(self._plan.elastic.notice_s, self._leave_at_once)
         timer.daemon = True
         timer.start()
+
+    def _arrive(self) -> None:
+        with self._changed:
+            self._is_in_view = False
+            self._way_out.end()
 
     def _is_ending(self) -> bool:
         """Whether this rank was asked to stop, with all others, or to leave them."""

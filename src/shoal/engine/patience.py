@@ -2,7 +2,7 @@
 
 Such a worker's heartbeat goes on, on a thread of its own, and so it keeps its place while all others wait for it. Only
 this rank can tell that it is not itself one of those who wait. What is watched is therefore the job's code alone, where
-nobody is waited for: loading samples, and forward.
+nobody is waited for: loading samples, and forward; and the way out of a view that is broken, where all waiting ends.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ class ShardedRank(AttendingRank):
         self._has_begun = False
         self._step = 0
         spare_what_lasts()
-        self.views = Following(start, self._plan, self._target, self._device, node, env)
+        self.views = Following(start, self._plan, self._target, self._device, node, env, self._way_out)
 
     def _stop_waiting(self) -> None:
         self._warn_of_stopping(self._step)
