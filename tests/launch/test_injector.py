@@ -224,35 +224,38 @@ def test_a_resumed_run_leaves_out_what_it_has_behind_it(make: Making) -> None:
 def test_a_drawn_fault_passes_to_the_next_rank_where_its_own_is_gone(make: Making) -> None:
     faults = [Fault(kind="kill", rank=3, step=number, spare=2) for number in (1, 2, 3)]
     injector, hands = make(*faults)
-    injector.observe([step(0, 1)])
-    injector.observe([step(0, 3)])
+    injector.observe([step(seat, 1) for seat in range(4)])
+    injector.observe([step(1, 3)])
     assert hands.asked == [("kill", 3), ("kill", 0)]  # and two are spared
     hands.start(4)
     injector.observe([])
+    assert len(hands.asked) == 2, "it does not train yet"
+    injector.observe([step(4, 3)])
     assert hands.asked == [("kill", 3), ("kill", 0), ("kill", 4)]
     assert [event["rank"] for event in told(hands, "fault_injected")] == [3, 0, 4]
 
 
-def test_a_drawn_fault_strikes_none_that_waits_for_a_place_as_long_as_others_train(make: Making) -> None:
+def test_a_drawn_fault_strikes_those_who_train(make: Making) -> None:
     faults = [Fault(kind="kill", rank=1, step=number, spare=0) for number in (1, 2, 3)]
     injector, hands = make(*faults, num_ranks=3)
     waits = [
         {"t": time.time(), "source": f"rank-{seat}", "kind": "waiting", "message": "all places"} for seat in (1, 2)
     ]
-    injector.observe([step(1, 1), *waits])
+    injector.observe([step(0, 1), step(1, 1), *waits])
     assert hands.asked == [("kill", 0)]
     wait_until(lambda: hands.pid_of(0) is None)
     injector.observe([step(2, 2)])
     assert hands.asked == [("kill", 0), ("kill", 2)], "it trains again"
     wait_until(lambda: hands.pid_of(2) is None)
-    injector.observe([step(1, 3), *waits[:1]])
-    assert hands.asked[2:] == [("kill", 1)], "nobody else is left"
+    hands.start(0)
+    injector.observe([step(1, 3)])
+    assert hands.asked[2:] == [("kill", 1)], "the other was only started"
 
 
 def test_a_drawn_freeze_waits_until_enough_are_awake(make: Making) -> None:
     faults = [Fault(kind="freeze", rank=rank, step=1, seconds=5.0, spare=2) for rank in (0, 1)]
     injector, hands = make(*faults, num_ranks=3)
-    injector.observe([step(2, 1)])
+    injector.observe([step(seat, 1) for seat in range(3)])
     begin = time.monotonic()
     wait_until(lambda: [is_stopped(hands.workers[seat].pid) for seat in range(3)] == [True, False, False])
     injector.tick(begin + 6)
@@ -401,7 +404,7 @@ def test_a_drawn_cut_counts_all_ranks_of_its_node(make: Making) -> None:
         ranks_of_a_node=2,
         lab=lab,
     )
-    injector.observe([step(0, 1)])
+    injector.observe([step(seat, 1) for seat in range(4)])
     assert lab.asked == [("cut", "node1")]
 
 

@@ -158,7 +158,7 @@ class RandomFaults:
         count: how many faults.
         kinds: which may be drawn; naming one twice makes it twice as likely.
         every_steps: the least and most steps from one to the next, drawn uniformly.
-        spare: never fewer than so many ranks are at work at once: alive, not frozen and not cut off.
+        spare: never fewer than so many ranks train at once, neither frozen nor cut off.
         seconds: how short and how long one that lasts may be.
         factor: how little and how much slower one makes a rank or link.
     """

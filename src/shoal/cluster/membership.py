@@ -152,7 +152,7 @@ class Membership:
             self._turn_away(hello.member, self._end or _end_of(self._finishing))
         elif known is None and self._roster.recovering:  # its seat may be that of somebody who is about to come back
             self._deferred.append(hello)
-            restarted = Waiting(PLACE, "the coordinator restarted and waits for all", 0, 0)
+            restarted = Waiting(PLACE, "the coordinator restarted and waits for all")
             self._send(hello.member, "waiting", **restarted._asdict())
         elif (reason := self._roster.refusal(hello, self.epoch)) is not None:
             self._turn_away(hello.member, {"kind": "refused", "reason": reason})

@@ -31,14 +31,13 @@ class Waiting(NamedTuple):
     Attributes:
         what: MEMBERS: nobody trains before more come; PLACE: others train without this one; SUCCESSOR: it trains, and
             may not leave.
-        have: how many members there are.
-        need: how many are needed; 0 where it is not for want of them.
+        have, need: how many members there are, and how many are needed; 0 where it is not for want of them.
     """
 
     what: str
     reason: str
-    have: int
-    need: int
+    have: int = 0
+    need: int = 0
 
 
 Fingerprint = dict[str, str | int | float | bool | None]

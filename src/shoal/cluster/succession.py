@@ -60,5 +60,5 @@ def waits_for(attendee: Attendee, roster: Roster, at_hand: Transition, rules: Ru
             return None
         return Waiting(SUCCESSOR, "nobody is there to take its place", num_living, rules.min_nodes + 1)
     if len(at_hand.current) >= rules.max_nodes:
-        return Waiting(PLACE, f"all {rules.max_nodes} places are taken", num_living, 0)
-    return Waiting(PLACE, f"waiting until view {at_hand.epoch} is entered by all", num_living, 0)
+        return Waiting(PLACE, f"all {rules.max_nodes} places are taken")
+    return Waiting(PLACE, f"waiting until view {at_hand.epoch} is entered by all")

@@ -80,7 +80,7 @@ class Injector:
         self._log = log
         self._hardships = Hardships(hands.lab, hands.run.path)
         self._steps: dict[int, int] = {}  # seat -> the last step that it committed
-        self._waiting: set[int] = set()  # seats that train no more, or not yet, as they say
+        self._training: set[int] = set()  # seats that took a step and did not say since then that they wait
         self._doomed: set[int] = set()  # processes that were struck and may not have ended yet
 
     def observe(self, events: Sequence[Event]) -> None:
@@ -92,10 +92,10 @@ class Injector:
         for seat, step in seen:
             self._steps[seat] = max(step, self._steps.get(seat, 0))
         for seat, event in told:
-            if event["kind"] == "waiting":
-                self._waiting.add(seat)
-            elif event["kind"] == "step":
-                self._waiting.discard(seat)
+            if event["kind"] == "step":
+                self._training.add(seat)
+            elif event["kind"] == "waiting":
+                self._training.discard(seat)
         self.tick(time.monotonic())
 
     def tick(self, now: float) -> None:
@@ -154,12 +154,8 @@ class Injector:
         return True
 
     def _aimed(self, fault: Fault) -> Fault | None:
-        """A drawn fault strikes the next rank where its own does not train any more; None where nobody is at work.
-
-        To lose one that waits for a place would be no loss.
-        """
+        """A drawn fault strikes the next rank where its own is not at work any more; None where nobody is."""
         at_work = self._at_work()
-        at_work = [seat for seat in at_work if seat not in self._waiting] or at_work
         if fault.spare is None or fault.rank is None or fault.rank in at_work:
             return fault
         later = [seat for seat in at_work if seat > fault.rank]
@@ -176,8 +172,11 @@ class Injector:
         return not stops_work or len(set(self._at_work()).difference(seats)) >= (fault.spare or 0)
 
     def _at_work(self) -> list[int]:
-        """The seats whose worker lives, has not been told to go, and is neither frozen nor cut off."""
-        living, idle = self._living(self._hands.seats()), self._hardships.idle_seats
+        """The seats whose worker trains, has not been told to go, and is neither frozen nor cut off.
+
+        To lose one that waits for a place, or has only been started, would be no loss.
+        """
+        living, idle = self._living(sorted(self._training)), self._hardships.idle_seats
         return [seat for seat, pid in living.items() if seat not in idle and pid not in self._doomed]
 
     def _seats_on(self, node: str) -> tuple[int, ...]:
@@ -232,7 +231,9 @@ class Injector:
 
     def _to_each(self, seats: tuple[int, ...], act: Callable[[int], None], done: str, *, dooms: bool = False) -> str:
         living = _some(self._living(seats), seats)
-        self._doomed |= set(living.values()) if dooms else set()
+        if dooms:
+            self._doomed |= set(living.values())
+            self._training -= set(living)
         for seat in living:
             act(seat)
         return f"{done}: {', '.join(f'rank {seat} (process {pid})' for seat, pid in living.items())}"
