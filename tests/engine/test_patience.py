@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 
@@ -45,3 +46,18 @@ def test_waiting_for_others_may_take_as_long_as_it_likes() -> None:
     patience.end()
     assert not over.wait(3 * LIMIT_S)
     assert not told
+
+
+def test_much_to_do_is_no_standing_still() -> None:
+    """Under `in_one_place`, who is seen somewhere else each time may take as long as it likes."""
+    over = threading.Event()
+    patience = Patience(LIMIT_S, lambda *_: over.set(), in_one_place=True)
+    patience.begin("the way out")
+    until = time.monotonic() + 4 * LIMIT_S
+    while time.monotonic() < until:
+        sum(range(1000))
+        sorted(range(1000))
+        time.sleep(0.0001)
+        math.factorial(200)
+    assert not over.is_set()
+    assert over.wait(20 * LIMIT_S), "now it stands still"

@@ -62,6 +62,7 @@ class Attendance:
         lease_s: float,
         on_view: Callable[[View], None] = _ignore,
         on_stop: Callable[[], None] = _ignore,
+        on_waiting: Callable[[Waiting], None] = _ignore,
         log: Log = _ignore,
         authority: Path | None = None,
     ) -> None:
@@ -72,6 +73,7 @@ class Attendance:
             lease_s: as the coordinator's rules say; a beat is sent four times in that time.
             on_view: called on our thread as soon as a new view arrives; must be quick.
             on_stop: called on our thread when training is to end after the step at hand; must be quick.
+            on_waiting: called on our thread with what is waited for; must be quick.
             log: given `coordinator_found` (seat, epoch, away_s) and `coordinator_lost` (message).
             authority: see `ControlClient`.
 
@@ -84,6 +86,7 @@ class Attendance:
         self._longest_pause_s = min(_LONGEST_PAUSE_S, lease_s / 8)
         self._on_view = on_view
         self._on_stop = on_stop
+        self._on_waiting = on_waiting
         self._log = log
         self._connect = functools.partial(ControlClient, address, token=token, authority=authority)
         self._client = self._connect()
@@ -295,8 +298,11 @@ class Attendance:
                 case _:
                     raise CoordinatorError(f"got {str(document)[:200]} from the coordinator: is it of this version?")
             self._changed.notify_all()
+            waiting = self.waiting if document["kind"] == "waiting" else None
         if view is not None:
             self._on_view(view)
+        if waiting is not None:
+            self._on_waiting(waiting)
 
     def _newer(self, view: View) -> View | None:
         if self.latest is not None and view.epoch <= self.latest.epoch:

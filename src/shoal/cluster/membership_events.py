@@ -29,8 +29,8 @@ class Waiting(NamedTuple):
     """What one waits for.
 
     Attributes:
-        what: MEMBERS: nobody trains before more come; PLACE: others train without this one; SUCCESSOR: it trains, and
-            may not leave.
+        what: MEMBERS: nobody trains before more come; PLACE: others train without this one, or may; SUCCESSOR: it
+            trains, and may not leave.
         have, need: how many members there are, and how many are needed; 0 where it is not for want of them.
     """
 

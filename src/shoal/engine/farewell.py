@@ -41,16 +41,15 @@ def save_alone(
     progress: Progress,
     device: torch.device,
     node: str,
-) -> bool:
-    """Validate and save the state of the last committed step; return whether this rank did, and not another.
+) -> None:
+    """Validate and save the state of the last committed step, unless another rank has.
 
     Raises:
         CheckpointError: it could not be saved.
     """
     with _turn(start.run):
         archive = Archive(start.run.checkpoints, keep=plan.checkpoint.keep, keep_best=plan.checkpoint.best)
-        if any(saved.step >= progress.step for saved in archive.list()):
-            return False
+        is_saved = any(saved.step >= progress.step for saved in archive.list())
         world = World(dist.HashStore(), 0, 1, device)
         world.connect()
         topology, alone = Topology(0, (node,)), for_ranks(plan, 1)
@@ -60,13 +59,13 @@ def save_alone(
         exchange = build.build_exchange(parts, connected, start.log, progress.step)
         turnover = Turnover(start.stop_request)
         loop = assemble(job, parts, connected, exchange, checkpoints, progress, turnover, start.log)
-        loop.finish()
+        if not is_saved:
+            loop.finish()
         context = Context(start.run, alone, target, world, topology, device, start.log, start.seat)
         if start.stop_request:
             conclude(context, loop, job, "interrupted", 0.0)
         require_saved(loop)  # and nothing more where others may still come, and go on
         loop.close()
-        return True
 
 
 @contextlib.contextmanager

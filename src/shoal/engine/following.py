@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from shoal.cluster.attendance import Attendance, Hello, worded
-from shoal.cluster.membership_events import MEMBERS, PLACE, Waiting
+from shoal.cluster.membership_events import MEMBERS, PLACE, SUCCESSOR, Waiting
 from shoal.cluster.views import View
 from shoal.engine.build import Connected
 from shoal.engine.connecting import Connecting
@@ -71,6 +71,7 @@ class Following:
         self._lost_at: float | None = None
         self._step = 0
         self._is_leaving = False
+        self._notice: threading.Timer | None = None
         self.has_stopped = False
         self._coordinator_port = int(env[COORDINATOR].rsplit(":", 1)[1])
         self.pool = MemoryPool()
@@ -90,6 +91,7 @@ class Following:
             lease_s=plan.elastic.lease_s,
             on_view=self._on_view,
             on_stop=start.stop_request.set,
+            on_waiting=self._on_waiting,
             log=start.log.write,
             authority=Path(env[_AUTHORITY]) if env.get(_AUTHORITY) else None,
         )
@@ -105,7 +107,7 @@ class Following:
         Raises:
             RunEnded: another rank's failure, or the launcher's, ended the run.
         """
-        self._arrive()
+        self.leave_view()
         told: Waiting | None = None
         epoch = self._current.view.epoch if self._current else 0
         while True:
@@ -126,6 +128,8 @@ class Following:
                     self._log.write("waiting", message=worded(told))
             if told is not None and told.what == MEMBERS and self._is_ending():
                 self.has_stopped = True
+                if self._notice is not None:
+                    self._notice.cancel()  # nobody else may hold what this rank is about to save
                 return None
 
     def connected(self, connecting: Connecting) -> Connected:
@@ -174,10 +178,7 @@ class Following:
                 self._next.close()
                 self._next = None
             if self._current is not None and self._is_over(self._current.view, view):
-                self._lost_at = self._lost_at or time.perf_counter()
-                self._current.cut()
-                if self._is_in_view:
-                    self._way_out.begin("the way out of a broken view")
+                self._break()
             if rank is None:
                 self._excluded_from = view.epoch
             else:
@@ -192,6 +193,19 @@ class Following:
                     pool=self.pool,
                 )
             self._changed.notify_all()
+
+    def _on_waiting(self, waiting: Waiting) -> None:
+        """Too few are left for another view, and so the one at hand is broken. On the coordinator's client's thread."""
+        with self._changed:
+            if waiting.what == MEMBERS and self._current is not None:
+                self._break()
+
+    def _break(self) -> None:
+        assert self._current is not None
+        self._lost_at = self._lost_at or time.perf_counter()
+        self._current.cut()
+        if self._is_in_view:
+            self._way_out.begin("the way out of a broken view")
 
     @staticmethod
     def _is_over(current: View, view: View) -> bool:
@@ -217,16 +231,19 @@ class Following:
         Who trains alone stops the run. Any other only goes, and who waits for members saves what it holds before.
         """
         current = self._current
-        if current is not None and len(current.view.members) == 1 and self.attendance.waiting is None:
+        waiting = self.attendance.waiting
+        trains = waiting is None or waiting.what == SUCCESSOR
+        if current is not None and len(current.view.members) == 1 and trains:
             self._start.stop_request.set()
             return
         self._is_leaving = True
         self.attendance.leaving()
-        timer = threading.Timer(self._plan.elastic.notice_s, self._leave_at_once)
-        timer.daemon = True
-        timer.start()
+        self._notice = threading.Timer(self._plan.elastic.notice_s, self._leave_at_once)
+        self._notice.daemon = True
+        self._notice.start()
 
-    def _arrive(self) -> None:
+    def leave_view(self) -> None:
+        """This rank waits in no exchange of a view any more."""
         with self._changed:
             self._is_in_view = False
             self._way_out.end()

@@ -279,7 +279,7 @@ class Giving:
             for piece in pieces:
                 copy_range(self._memories, piece, copy[piece.start - start : piece.stop - start], into=False)
             self._copied.set()
-            with contextlib.suppress(RuntimeError):  # a lost peer is noticed where training waits for it, too
+            with contextlib.suppress(RuntimeError, PeerLostError):  # training waits for the same peers, and tells
                 self._send(iter(pieces), [copy], start)
         finally:
             self._copied.set()

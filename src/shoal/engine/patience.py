@@ -2,7 +2,8 @@
 
 Such a worker's heartbeat goes on, on a thread of its own, and so it keeps its place while all others wait for it. Only
 this rank can tell that it is not itself one of those who wait. What is watched is therefore the job's code alone, where
-nobody is waited for: loading samples, and forward; and the way out of a view that is broken, where all waiting ends.
+nobody is waited for: loading samples, and forward. And the way out of a view that is broken, where all waiting ends:
+that one may have much to do on it, a validation say, but does not stand in one place all the time.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
+from types import CodeType
 from typing import Protocol
 
 _LOOKS_A_LIMIT = 20
@@ -39,31 +42,59 @@ class Endless:
         """Nothing."""
 
 
+@dataclass
+class _Begun:
+    since: float
+    what: str
+
+
 class Patience:
     """Watches the main thread, for the life of the process."""
 
-    def __init__(self, limit_s: float, give_up: Callable[[str, str], None]) -> None:
-        """`give_up`: called once, on our thread, with what has taken longer than `limit_s`, and where it stands."""
+    def __init__(self, limit_s: float, give_up: Callable[[str, str], None], *, in_one_place: bool = False) -> None:
+        """Begin to watch.
+
+        Args:
+            give_up: called once, on our thread, with what has taken longer than `limit_s`, and where it stands.
+            in_one_place: only if it stood in the same place whenever it was looked at: it may well have much to do.
+        """
         self._limit_s = limit_s
         self._give_up = give_up
-        self._begun: tuple[float, str] | None = None
+        self._in_one_place = in_one_place
+        self._begun: _Begun | None = None
         threading.Thread(target=self._run, daemon=True, name="shoal-patience").start()
 
     def begin(self, what: str) -> None:
         """The main thread begins `what`, and waits for nobody. Cheap enough for every step."""
-        self._begun = (time.monotonic(), what)
+        self._begun = _Begun(time.monotonic(), what)
 
     def end(self) -> None:
         """It is done."""
         self._begun = None
 
     def _run(self) -> None:
+        before: object = None
         while True:
             time.sleep(self._limit_s / _LOOKS_A_LIMIT)
             begun = self._begun
-            if begun is not None and time.monotonic() - begun[0] > self._limit_s:
-                self._give_up(begun[1], stack_of_main_thread())
+            if begun is None:
+                continue
+            if self._in_one_place:
+                place = _place_of_main_thread()
+                begun.since = begun.since if place == before else time.monotonic()
+                before = place
+            if time.monotonic() - begun.since > self._limit_s:
+                self._give_up(begun.what, stack_of_main_thread())
                 return
+
+
+def _place_of_main_thread() -> list[tuple[CodeType, int]]:
+    """The instruction that each of its functions is at."""
+    frame, places = sys._current_frames().get(threading.main_thread().ident or 0), []
+    while frame is not None:
+        places.append((frame.f_code, frame.f_lasti))
+        frame = frame.f_back
+    return places
 
 
 def stack_of_main_thread() -> str:

@@ -80,7 +80,7 @@ class Injector:
         self._log = log
         self._hardships = Hardships(hands.lab, hands.run.path)
         self._steps: dict[int, int] = {}  # seat -> the last step that it committed
-        self._training: set[int] = set()  # seats that took a step and did not say since then that they wait
+        self._training: dict[int, int | None] = {}  # seat -> the process that took a step, and waits for no place
         self._doomed: set[int] = set()  # processes that were struck and may not have ended yet
 
     def observe(self, events: Sequence[Event]) -> None:
@@ -93,9 +93,9 @@ class Injector:
             self._steps[seat] = max(step, self._steps.get(seat, 0))
         for seat, event in told:
             if event["kind"] == "step":
-                self._training.add(seat)
+                self._training[seat] = self._hands.pid_of(seat)
             elif event["kind"] == "waiting":
-                self._training.discard(seat)
+                self._training.pop(seat, None)
         self.tick(time.monotonic())
 
     def tick(self, now: float) -> None:
@@ -176,7 +176,12 @@ class Injector:
 
         To lose one that waits for a place, or has only been started, would be no loss.
         """
-        living, idle = self._living(sorted(self._training)), self._hardships.idle_seats
+        living, idle = (
+            self._living(sorted(self._training)),
+            self._hardships.idle_seats.union(
+                seat for seat, pid in self._training.items() if pid != self._hands.pid_of(seat)
+            ),
+        )
         return [seat for seat, pid in living.items() if seat not in idle and pid not in self._doomed]
 
     def _seats_on(self, node: str) -> tuple[int, ...]:
@@ -233,7 +238,6 @@ class Injector:
         living = _some(self._living(seats), seats)
         if dooms:
             self._doomed |= set(living.values())
-            self._training -= set(living)
         for seat in living:
             act(seat)
         return f"{done}: {', '.join(f'rank {seat} (process {pid})' for seat, pid in living.items())}"

@@ -121,7 +121,8 @@ class ElasticConfig:
         restarts: how often the launcher starts a worker again in the place of one that died.
         leave_out_slower_than: a worker that is lastingly slower than the usual one by this factor leaves; 0: none does.
         notice_s: after SIGTERM a worker hands over and leaves, within so long in any case.
-        stuck_after_s: a worker that loads samples, or is in one forward, for so long ends itself; 0: never.
+        stuck_after_s: a worker that loads samples, is in one forward, or does not come out of a broken view for so
+            long ends itself; 0: never.
         tls_certificate: the coordinator's certificate chain (PEM), on the machine where `shoal train` runs; default:
             members talk to it without TLS.
         tls_key: its private key (PEM, without a passphrase).

@@ -20,6 +20,8 @@ CPU = torch.device("cpu")
 class Recorder:
     """A transport that notes what it is asked for; `gate` holds the first operation back."""
 
+    is_stuck = False
+
     def __init__(self, name: str, log: list[tuple[str, Op]], gate: threading.Event | None = None) -> None:
         self.traffic = Traffic()
         self.closed = False
@@ -103,3 +105,16 @@ def test_closing_drops_what_is_queued_and_closes_the_transports() -> None:
     assert transport.closed
     gate.set()
     assert running.result(10) == [1]
+
+
+def test_a_thread_that_waits_in_vain_holds_up_neither_who_waits_for_it_nor_who_closes() -> None:
+    gate, log = threading.Event(), []  # type: ignore[var-annotated]
+    transport = Recorder("world", log, gate)
+    lane = Lane({WORLD: transport}, CPU)
+    future = lane.submit(barriers(1))
+    transport.is_stuck = True
+    with pytest.raises(PeerLostError, match="will never be whole"):
+        lane.wait(future)
+    lane.close(wait=True)
+    assert transport.closed
+    gate.set()

@@ -11,6 +11,7 @@ makes the training stream wait for it, not the CPU.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -42,6 +43,7 @@ class Lane:
         """`transports` by group name; all belong to this object from now on."""
         self.transports = transports
         self._broken: BaseException | None = None
+        self._last: Future[Any] | None = None
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="shoal-communication")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -58,23 +60,34 @@ class Lane:
     def submit(self, exchange: Exchange) -> Future[Any]:
         """Queue an exchange behind all that were submitted before; give the future to `wait`."""
         if self._stream is None:
-            return self._executor.submit(self._perform, exchange)
-        ready = torch.cuda.Event()
-        ready.record()
-        return self._executor.submit(self._perform_on_stream, exchange, ready)
+            self._last = self._executor.submit(self._perform, exchange)
+        else:
+            ready = torch.cuda.Event()
+            ready.record()
+            self._last = self._executor.submit(self._perform_on_stream, exchange, ready)
+        return self._last
 
     def wait(self, future: Future[Any]) -> Any:
         """Wait for an exchange and return its value; raises what went wrong in it (PeerLostError, ...)."""
-        value = result_unless(future, lambda: any(transport.is_stuck for transport in self.transports.values()))
+        value = result_unless(future, self._is_stuck)
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
         return value
 
     def close(self, *, wait: bool = False) -> None:
-        """End the thread and its transports; what is still queued is dropped. `wait`: for what has begun."""
-        self._executor.shutdown(wait=wait, cancel_futures=not wait)
+        """End the thread and its transports; what is still queued is dropped. `wait`: for what has begun.
+
+        Unless it will never end: then the thread is given up.
+        """
+        self._executor.shutdown(wait=False, cancel_futures=not wait)
+        if wait and self._last is not None:
+            with contextlib.suppress(Exception):  # it is for those who wait for it
+                result_unless(self._last, self._is_stuck)
         for transport in self.transports.values():
             transport.close()
+
+    def _is_stuck(self) -> bool:
+        return any(transport.is_stuck for transport in self.transports.values())
 
     def _perform(self, exchange: Exchange) -> Any:
         """One exchange, unless one before it failed: others still wait for messages of that one, not of this."""

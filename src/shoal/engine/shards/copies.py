@@ -99,7 +99,7 @@ def send(group: Group, own: Shard | None, to: set[int], sources: list[int]) -> l
 
     Raises:
         PeerLostError: a piece arrived damaged.
-        RuntimeError: a rank vanished.
+        RuntimeError, PeerLostError: a rank vanished.
     """
     text, tensors = b"", []
     if own is not None:

@@ -136,6 +136,7 @@ class ShardedRank(AttendingRank):
                 return False
             with contextlib.suppress(PeerLostError):  # all have what they need
                 context.world.sum([0.0])
+            self.views.leave_view()
             self.views.attendance.finished(reason)
             conclude(context, loop, self._job, reason, time.perf_counter() - self._started)
             return True

@@ -29,7 +29,7 @@ def compare(world: World, own: Sequence[Label]) -> list[list[Label]]:
     """What every rank holds, by rank. Collective.
 
     Raises:
-        RuntimeError: a rank vanished.
+        RuntimeError, PeerLostError: a rank vanished.
     """
     told = gather(world.everybody, [dataclasses.astuple(label) for label in own])
     return [[Label(*label) for label in labels] for labels in told]
@@ -40,7 +40,7 @@ def describe(world: World, choice: Choice, own: Mapping[int, Shard]) -> dict[str
 
     Raises:
         PeerLostError: it arrived damaged.
-        RuntimeError: a rank vanished.
+        RuntimeError, PeerLostError: a rank vanished.
     """
     text = None
     if world.rank == choice.teller:
@@ -72,7 +72,7 @@ def move(
 
     Raises:
         PeerLostError: a piece arrived damaged.
-        RuntimeError: a rank vanished.
+        RuntimeError, PeerLostError: a rank vanished.
     """
     rank, count, old = world.rank, fresh.label.count, range(choice.key.shards)
     outgoing: dict[int, list[torch.Tensor]] = {}

@@ -25,7 +25,7 @@ def swap(group: Group, outgoing: Mapping[int, Memories], incoming: Mapping[int, 
 
     Raises:
         PeerLostError: a piece arrived damaged.
-        RuntimeError: a rank vanished.
+        RuntimeError, PeerLostError: a rank vanished.
     """
     sending = {to: pieces_of(_size(memories), 0, 1) for to, memories in outgoing.items()}
     receiving = {source: pieces_of(_size(memories), 0, 1) for source, memories in incoming.items()}
@@ -61,7 +61,7 @@ def gather(group: Group, own: Any) -> list[Any]:
     """Every rank's plain value, by rank. Collective.
 
     Raises:
-        RuntimeError: a rank vanished.
+        RuntimeError, PeerLostError: a rank vanished.
     """
     text = json.dumps(own).encode()
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(group.size)]
