@@ -34,7 +34,7 @@ class AttendingRank(ABC):
         self._plan: Plan = load_plan(start.run.plan)
         self._current: Connecting | None = None
         self._checkpoints: CheckpointSession | None = None
-        self._way_out = self._watch(in_one_place=True)
+        self._way_out = self._watch(if_idle=True)
 
     def train(self) -> None:
         """Go through views until training ends, or this rank has left.
@@ -66,10 +66,10 @@ class AttendingRank(ABC):
     def _stop_waiting(self) -> None:
         """Asked to stop, or to leave, while too few are left."""
 
-    def _watch(self, *, in_one_place: bool = False) -> Watch:
+    def _watch(self, *, if_idle: bool = False) -> Watch:
         """What ends this rank when something that waits for nobody takes longer than `elastic.stuck_after_s`."""
         limit_s = self._plan.elastic.stuck_after_s
-        return Patience(limit_s, self._end_stuck, in_one_place=in_one_place) if limit_s else Endless()
+        return Patience(limit_s, self._end_stuck, if_idle=if_idle) if limit_s else Endless()
 
     def _end_stuck(self, what: str, stack: str) -> None:
         """This rank will never come to the next exchange: better that the others lose it than that they wait."""

@@ -3,7 +3,7 @@
 Such a worker's heartbeat goes on, on a thread of its own, and so it keeps its place while all others wait for it. Only
 this rank can tell that it is not itself one of those who wait. What is watched is therefore the job's code alone, where
 nobody is waited for: loading samples, and forward. And the way out of a view that is broken, where all waiting ends:
-that one may have much to do on it, a validation say, but does not stand in one place all the time.
+that one may have much to do on it, a validation say, but not nothing at all.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import CodeType
 from typing import Protocol
 
 _LOOKS_A_LIMIT = 20
+_IDLE = 0.002
+"""Who uses no more than this part of a processor does nothing but wait."""
 
 
 class Watch(Protocol):
@@ -51,16 +52,16 @@ class _Begun:
 class Patience:
     """Watches the main thread, for the life of the process."""
 
-    def __init__(self, limit_s: float, give_up: Callable[[str, str], None], *, in_one_place: bool = False) -> None:
+    def __init__(self, limit_s: float, give_up: Callable[[str, str], None], *, if_idle: bool = False) -> None:
         """Begin to watch.
 
         Args:
             give_up: called once, on our thread, with what has taken longer than `limit_s`, and where it stands.
-            in_one_place: only if it stood in the same place whenever it was looked at: it may well have much to do.
+            if_idle: only if it used hardly any processor meanwhile: it may well have much to do.
         """
         self._limit_s = limit_s
         self._give_up = give_up
-        self._in_one_place = in_one_place
+        self._if_idle = if_idle
         self._begun: _Begun | None = None
         threading.Thread(target=self._run, daemon=True, name="shoal-patience").start()
 
@@ -73,28 +74,26 @@ class Patience:
         self._begun = None
 
     def _run(self) -> None:
-        before: object = None
+        worked_s, look_s = 0.0, self._limit_s / _LOOKS_A_LIMIT
         while True:
-            time.sleep(self._limit_s / _LOOKS_A_LIMIT)
+            time.sleep(look_s)
+            worked_s, before_s = _worked_s(), worked_s
             begun = self._begun
             if begun is None:
                 continue
-            if self._in_one_place:
-                place = _place_of_main_thread()
-                begun.since = begun.since if place == before else time.monotonic()
-                before = place
+            if self._if_idle and worked_s - before_s > _IDLE * look_s:
+                begun.since = time.monotonic()
             if time.monotonic() - begun.since > self._limit_s:
                 self._give_up(begun.what, stack_of_main_thread())
                 return
 
 
-def _place_of_main_thread() -> list[tuple[CodeType, int]]:
-    """The instruction that each of its functions is at."""
-    frame, places = sys._current_frames().get(threading.main_thread().ident or 0), []
-    while frame is not None:
-        places.append((frame.f_code, frame.f_lasti))
-        frame = frame.f_back
-    return places
+def _worked_s() -> float:
+    """The processor time of the main thread, or where that cannot be told, of the process."""
+    ident = threading.main_thread().ident
+    if ident is None or not hasattr(time, "pthread_getcpuclockid"):
+        return time.process_time()
+    return time.clock_gettime(time.pthread_getcpuclockid(ident))
 
 
 def stack_of_main_thread() -> str:
