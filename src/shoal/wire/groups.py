@@ -42,7 +42,7 @@ SILENCE_TIMEOUT_S = 1800.0
 """A peer silent for longer than this counts as lost; one that dies is noticed at once, by its closed connection."""
 _SILENCE = timedelta(seconds=SILENCE_TIMEOUT_S)
 _LOOK = timedelta(seconds=LOOK_S)
-_FREE_WITHIN_S = 3.0
+_FREE_WITHIN_S = 1.0
 """Who is not free so long after a cut never will be."""
 _DESCRIPTORS = Path("/proc/self/fd")
 _NUMBERS = itertools.count()  # of process groups that torch.distributed knows by name

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from shoal.errors import PeerLostError
 
-LOOK_S = 1.0
+LOOK_S = 0.25
 """How often who waits looks up."""
 
 T = TypeVar("T")
