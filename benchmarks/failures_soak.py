@@ -139,6 +139,7 @@ def _soak(wanted: Soak) -> dict[str, Any]:
             "epochs": wanted.epochs,
             **soaked,
             **_told(read_events(folder / "soaked" / "events")),
+            "log": chronicle(read_events(folder / "soaked" / "events")),
             "val_loss_without_faults": [figures["val_loss"] for figures in calm],
             "without_faults": calm,
         }
@@ -203,6 +204,22 @@ def _told(events: list[Event]) -> dict[str, Any]:
         "errors": [f"{e['source']}: {e['message'][:300]}" for e in events if e["kind"] == "error"],
         "warnings": [f"{e['source']}: {e['message'][:300]}" for e in events if e["kind"] == "warning"],
     }
+
+
+def chronicle(events: list[Event]) -> list[str]:
+    """What happened, a line each: every fault as it began, and every view as the first of its members told of it."""
+    began, seen, lines = events[0]["t"], set(), []
+    for event in events:
+        at = f"{event['t'] - began:7.1f} s  "
+        if event["kind"] == "fault_injected":
+            lines.append(f"{at}fault at step {event['step']}: {event['fault']}: {event['detail']}")
+        elif event["kind"] == "view" and event["epoch"] not in seen:
+            seen.add(event["epoch"])
+            seats = ", ".join(map(str, event["seats"]))
+            lines.append(f"{at}view {event['epoch']} from step {event['step']} with seats {seats}: {event['cause']}")
+        elif event["kind"] == "run_finished":
+            lines.append(f"{at}{event['source']}: {event['reason']} after step {event['steps']}")
+    return lines
 
 
 def _last_validation(events: list[Event]) -> Event:
