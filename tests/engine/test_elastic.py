@@ -236,6 +236,7 @@ def test_who_waits_for_a_place_and_is_told_to_go_leaves_the_run_to_the_others(tm
     assert_as_plain_pytorch(run, 500)
 
 
+@pytest.mark.slow  # in CI, Ctrl-C in the same place stands for it
 def test_who_waits_for_members_and_is_told_to_go_saves_before_and_ends_nobodys_run(tmp_path: Path) -> None:
     given = [*plan(tmp_path, min_nodes=3), "--nodes", "3", "--set", "nap_s=0.01"]
     with training(TARGET, tmp_path / "run", *given) as handle:
