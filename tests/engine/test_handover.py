@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from shoal.engine.handover import Giving, Roles, Standing, digest_of, roles, roles_apart
 from shoal.engine.memories import copy_range, pieces_of
-from shoal.wire.groups import Group
+from shoal.wire.group import Group
 
 SOME = st.lists(
     st.builds(Standing, step=st.integers(-1, 3), validated=st.integers(-1, 3), digest=st.integers(0, 2)),

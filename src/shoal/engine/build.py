@@ -35,7 +35,8 @@ from shoal.plan.parts import build_coder, build_sync
 from shoal.plan.schema import ComputeConfig, Plan
 from shoal.strategy.layout.grid import Grid, arrange, replicas
 from shoal.strategy.topology import Topology
-from shoal.wire.groups import Group, World
+from shoal.wire.group import Group
+from shoal.wire.groups import World
 from shoal.wire.transport import MemoryPool, Transport
 
 _WHOLE_MATRICES = ("Adafactor", "LBFGS", "Muon")

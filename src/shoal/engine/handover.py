@@ -32,7 +32,8 @@ from shoal.engine.progress import Progress
 from shoal.engine.restoring import restore
 from shoal.errors import PeerLostError
 from shoal.wire.checksum import NUM_BYTES, check, checksum
-from shoal.wire.groups import Group, World, failures_as_lost_peers
+from shoal.wire.group import Group
+from shoal.wire.groups import World, failures_as_lost_peers
 
 _MOST_STEPS = 8
 """While a state travels its taker keeps each step's gradients, and later takes all those steps at once."""

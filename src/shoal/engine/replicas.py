@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from shoal.errors import JobError
-from shoal.wire.groups import Group, failures_as_lost_peers
+from shoal.wire.group import Group
+from shoal.wire.groups import failures_as_lost_peers
 
 
 def make_equal(model: nn.Module, group: Group, *, salt: str = "") -> bool:

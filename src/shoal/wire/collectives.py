@@ -13,7 +13,8 @@ from torch import Tensor
 
 from shoal.ops import AllGather, AllReduce, AllToAll, Barrier, Broadcast, Op, SendRecv
 from shoal.wire import checksum
-from shoal.wire.groups import Group, failures_as_lost_peers
+from shoal.wire.group import Group
+from shoal.wire.groups import failures_as_lost_peers
 from shoal.wire.traffic import Traffic, messages_of, size_bytes
 from shoal.wire.transport import Memory, MemoryPool, private_memory
 

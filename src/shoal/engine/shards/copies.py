@@ -19,7 +19,7 @@ from shoal.engine.shards.held import Holdings, Live
 from shoal.engine.shards.shard import Shard
 from shoal.engine.shards.streams import swap
 from shoal.errors import PeerLostError
-from shoal.wire.groups import Group
+from shoal.wire.group import Group
 
 
 @dataclass(frozen=True)

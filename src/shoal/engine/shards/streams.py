@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shoal.engine.memories import copy_range, pieces_of
 from shoal.wire.checksum import NUM_BYTES, check, checksum
-from shoal.wire.groups import Group
+from shoal.wire.group import Group
 
 Memories = Sequence[Tensor]
 """Tensors of bytes, shape (n,), taken as one run."""
