@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import subprocess
@@ -13,13 +14,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shoal.cluster.attendance import Attendance, Hello
+from shoal.cluster.attendance import Attendance, Hello, Listener
 from shoal.errors import RunEnded
-from shoal.wire.control import ask
+from shoal.wire.control import ControlClient, ask
 
 TOKEN = "only-for-this-test"
 RULES: dict[str, Any] = {"run": "r", "expected": 3, "min_nodes": 1, "max_nodes": 4, "lease_s": 1.0}
 FINGERPRINT: dict[str, Any] = {"plan": "abc", "job": "charlm"}
+
+
+def hello(name: str, **changes: Any) -> Hello:
+    """What a member says first."""
+    who = {"run": "r", "member": name, "node": f"node-{name}", "store": f"{name}:1", "fingerprint": FINGERPRINT}
+    return Hello(**who | changes)
 
 
 @dataclass
@@ -70,12 +77,23 @@ class Coordinator:
     def status(self) -> dict[str, Any]:
         return ask(self.address, {"ask": "status"}, token=TOKEN)
 
-    def attend(self, name: str, **changes: Any) -> Attendance:
-        """A member in this process."""
-        settings = {"token": TOKEN, "lease_s": self.rules["lease_s"]} | changes
-        who = {"run": "r", "member": name, "node": f"node-{name}", "store": f"{name}:1", "fingerprint": FINGERPRINT}
-        who |= {key: settings.pop(key) for key in list(settings) if key in {*who, "seat"}}
-        return Attendance(self.address, hello=Hello(**who), **settings)
+    def attend(
+        self,
+        name: str,
+        *,
+        token: str = TOKEN,
+        authority: Path | None = None,
+        lease_s: float | None = None,
+        listener: Listener | None = None,
+        **who: Any,
+    ) -> Attendance:
+        """A member in this process; `who`: what its hello says other than the usual."""
+        return Attendance(
+            functools.partial(ControlClient, self.address, token=token, authority=authority),
+            hello(name, **who),
+            lease_s=lease_s or self.rules["lease_s"],
+            listener=listener,
+        )
 
     def spawn_member(self, name: str) -> Any:
         """A member in a process of its own, which enters every view."""
@@ -119,8 +137,8 @@ def enter(*attendances: Attendance, epoch: int) -> None:
 def main() -> None:
     """One member (arguments: FOLDER NAME LEASE_S): enters every view until the run ends or it is killed."""
     folder, name, lease_s = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
-    who = Hello(run="r", member=name, node=f"node-{name}", store=f"{name}:1", fingerprint=FINGERPRINT)
-    with Attendance((folder / "address").read_text(), token=TOKEN, hello=who, lease_s=lease_s) as attendance:
+    connect = functools.partial(ControlClient, (folder / "address").read_text(), token=TOKEN)
+    with Attendance(connect, hello(name), lease_s=lease_s) as attendance:
         epoch = 0
         with contextlib.suppress(RunEnded):
             while view := attendance.next_view(epoch):

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from coordinator_process import TOKEN, Coordinator, coordinator, enter, members
 
-from shoal.cluster.attendance import Attendance
+from shoal.cluster.attendance import Attendance, Listener
 from shoal.cluster.journal import Journal
 from shoal.cluster.views import View
 from shoal.errors import CoordinatorError, RunEnded
@@ -141,10 +141,11 @@ def test_a_decision_reaches_the_members_within_milliseconds(tmp_path: Path) -> N
 def test_a_view_is_handed_over_as_soon_as_it_comes(tmp_path: Path) -> None:
     seen: list[tuple[int, str]] = []
 
-    def on_view(view: View) -> None:
-        seen.append((view.epoch, threading.current_thread().name))
+    class Noting(Listener):
+        def on_view(self, view: View) -> None:
+            seen.append((view.epoch, threading.current_thread().name))
 
-    with coordinator(tmp_path, expected=1) as running, running.attend("a", on_view=on_view) as member:
+    with coordinator(tmp_path, expected=1) as running, running.attend("a", listener=Noting()) as member:
         enter(member, epoch=1)
         with running.attend("b") as other:
             next_view(other, 0)
@@ -298,7 +299,12 @@ def test_a_torn_last_line_is_forgotten_and_any_other_damage_is_told(tmp_path: Pa
 
 def test_a_launchers_stop_reaches_every_member(tmp_path: Path) -> None:
     heard: list[str] = []
-    with coordinator(tmp_path) as running, members(running, 3, on_stop=lambda: heard.append("stop")) as here:
+
+    class Noting(Listener):
+        def on_stop(self) -> None:
+            heard.append("stop")
+
+    with coordinator(tmp_path) as running, members(running, 3, listener=Noting()) as here:
         enter(*here, epoch=1)
         assert ask(running.address, {"ask": "stop"}, token=TOKEN) == {}
         until(lambda: heard == ["stop"] * 3)

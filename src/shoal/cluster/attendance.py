@@ -6,14 +6,11 @@ said again on each new connection as long as it holds, so that nothing is lost w
 
 from __future__ import annotations
 
-import functools
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Protocol
 
 from shoal.cluster.membership_events import Waiting
 from shoal.cluster.views import Document, View
@@ -39,43 +36,39 @@ class Hello:
     seat: int | None = None
 
 
-class Log(Protocol):
-    """An event log's `write`."""
+class Listener:
+    """Whom an `Attendance` tells what it hears, at once and on its own thread: each method must be quick.
 
-    def __call__(self, kind: str, /, **fields: object) -> None:
-        """Append one event."""
+    This one ignores all of it.
+    """
 
+    def on_view(self, view: View) -> None:
+        """A new view was decided upon."""
 
-def _ignore(*_: object, **__: object) -> None:
-    pass
+    def on_stop(self) -> None:
+        """Training is to end after the step at hand."""
+
+    def on_waiting(self, waiting: Waiting) -> None:
+        """There is no view for us until what is waited for has come."""
+
+    def on_contact(self, seat: int, epoch: object, away_s: float) -> None:
+        """The coordinator was found, or found again after `away_s` seconds."""
+
+    def on_contact_lost(self, message: str) -> None:
+        """The coordinator is away; it is looked for."""
 
 
 class Attendance:
     """All methods may be called from any thread."""
 
     def __init__(
-        self,
-        address: str,
-        *,
-        token: str,
-        hello: Hello,
-        lease_s: float,
-        on_view: Callable[[View], None] = _ignore,
-        on_stop: Callable[[], None] = _ignore,
-        on_waiting: Callable[[Waiting], None] = _ignore,
-        log: Log = _ignore,
-        authority: Path | None = None,
+        self, connect: Callable[[], ControlClient], hello: Hello, *, lease_s: float, listener: Listener | None = None
     ) -> None:
         """Start to attend, on threads of our own; returns at once.
 
         Args:
-            address: the coordinator's `HOST:PORT`; it need not be there yet.
+            connect: prepares a connection to the coordinator, which need not be there yet; called for each attempt.
             lease_s: as the coordinator's rules say; a beat is sent four times in that time.
-            on_view: called on our thread as soon as a new view arrives; must be quick.
-            on_stop: called on our thread when training is to end after the step at hand; must be quick.
-            on_waiting: called on our thread with what is waited for; must be quick.
-            log: given `coordinator_found` (seat, epoch, away_s) and `coordinator_lost` (message).
-            authority: see `ControlClient`.
 
         Raises:
             CoordinatorError: the certificate cannot be read.
@@ -84,12 +77,9 @@ class Attendance:
         self._beat_s = lease_s / _BEATS_A_LEASE
         # After a restart of the coordinator we have one lease to come back in.
         self._longest_pause_s = min(_LONGEST_PAUSE_S, lease_s / 8)
-        self._on_view = on_view
-        self._on_stop = on_stop
-        self._on_waiting = on_waiting
-        self._log = log
-        self._connect = functools.partial(ControlClient, address, token=token, authority=authority)
-        self._client = self._connect()
+        self._listener = listener or Listener()
+        self._connect = connect
+        self._client = connect()
         self._changed = threading.Condition()
         self._queue: deque[Document] = deque()
         self._said: dict[str, Document] = {}  # by kind: what holds, and is said again on a new connection
@@ -242,7 +232,7 @@ class Attendance:
             self._attempt += 1  # which ends `documents`
             self._changed.notify_all()
         if was_connected and not self._is_over():
-            self._log("coordinator_lost", message=message)
+            self._listener.on_contact_lost(message)
         return was_connected
 
     def _is_over(self) -> bool:
@@ -278,7 +268,7 @@ class Attendance:
             match document:
                 case {"kind": "welcome", "seat": int(seat)}:
                     self._seat, self._connected, self.waiting = seat, True, None
-                    self._log("coordinator_found", seat=seat, epoch=document.get("epoch"), away_s=round(away_s, 3))
+                    self._listener.on_contact(seat, document.get("epoch"), away_s)
                 case {"kind": "refused", "reason": str(reason)}:
                     self._refusal = CoordinatorError(f"the coordinator refused us: {reason}", refused=True)
                 case {
@@ -292,7 +282,7 @@ class Attendance:
                 case {"kind": "view", "view": plain}:
                     view = self._newer(View.from_plain(plain))
                 case {"kind": "stop"}:
-                    self._on_stop()
+                    self._listener.on_stop()
                 case {"kind": "end", "reason": str(reason), "failed": bool(failed)}:
                     self._end = RunEnded(reason, failed=failed)
                 case _:
@@ -300,9 +290,9 @@ class Attendance:
             self._changed.notify_all()
             waiting = self.waiting if document["kind"] == "waiting" else None
         if view is not None:
-            self._on_view(view)
+            self._listener.on_view(view)
         if waiting is not None:
-            self._on_waiting(waiting)
+            self._listener.on_waiting(waiting)
 
     def _newer(self, view: View) -> View | None:
         if self.latest is not None and view.epoch <= self.latest.epoch:

@@ -7,6 +7,7 @@ ready.
 
 from __future__ import annotations
 
+import functools
 import os
 import secrets
 import signal
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from shoal.cluster.attendance import Attendance, Hello, worded
+from shoal.cluster.attendance import Attendance, Hello, Listener, worded
 from shoal.cluster.membership_events import MEMBERS, PLACE, SUCCESSOR, Waiting
 from shoal.cluster.views import View
 from shoal.engine.build import Connected
@@ -29,6 +30,7 @@ from shoal.errors import PeerLostError
 from shoal.job.target import Target
 from shoal.plan import Plan, for_ranks
 from shoal.wire.addresses import own_address
+from shoal.wire.control import ControlClient
 from shoal.wire.transport import MemoryPool
 
 COORDINATOR, TOKEN = "SHOAL_COORDINATOR", "SHOAL_TOKEN"
@@ -37,7 +39,7 @@ NEIGHBOURS = "SHOAL_NODE_WORKERS"  # of this node, this one included: they share
 _WORD_S = 0.5  # how often a rank that waits looks whether there is something to tell
 
 
-class Following:
+class Following(Listener):
     """One rank's way from view to view.
 
     Attributes:
@@ -78,9 +80,13 @@ class Following:
         address = own_address(env)
         self._server = dist.TCPStore(address, 0, None, True, wait_for_workers=False)
         self.attendance = Attendance(
-            env[COORDINATOR],
-            token=env.get(TOKEN, ""),
-            hello=Hello(
+            functools.partial(
+                ControlClient,
+                env[COORDINATOR],
+                token=env.get(TOKEN, ""),
+                authority=Path(env[_AUTHORITY]) if env.get(_AUTHORITY) else None,
+            ),
+            Hello(
                 run=str(start.run.read_info()["id"]),
                 member=f"{node}-{os.getpid()}-{secrets.token_hex(4)}",
                 seat=start.seat,
@@ -89,11 +95,7 @@ class Following:
                 fingerprint=dict(fingerprint(plan, target)),
             ),
             lease_s=plan.elastic.lease_s,
-            on_view=self._on_view,
-            on_stop=start.stop_request.set,
-            on_waiting=self._on_waiting,
-            log=start.log.write,
-            authority=Path(env[_AUTHORITY]) if env.get(_AUTHORITY) else None,
+            listener=self,
         )
         start.stop_request.on_flip = self._damage_next
         signal.signal(signal.SIGTERM, lambda *_: self._hand_in_notice())
@@ -169,8 +171,10 @@ class Following:
         """Seconds since a loss was noticed, if no step was committed since."""
         return None if self._lost_at is None else time.perf_counter() - self._lost_at
 
-    def _on_view(self, view: View) -> None:
-        """The coordinator decided who trains together. On its client's thread."""
+    # What the coordinator's client tells, on its thread.
+
+    def on_view(self, view: View) -> None:
+        """The coordinator decided who trains together."""
         rank = view.rank_of(self._start.seat)
         with self._changed:
             self.latest = view
@@ -194,11 +198,23 @@ class Following:
                 )
             self._changed.notify_all()
 
-    def _on_waiting(self, waiting: Waiting) -> None:
-        """Too few are left for another view, and so the one at hand is broken. On the coordinator's client's thread."""
+    def on_waiting(self, waiting: Waiting) -> None:
+        """Too few are left for another view, and so the one at hand is broken."""
         with self._changed:
             if waiting.what == MEMBERS and self._current is not None:
                 self._break()
+
+    def on_stop(self) -> None:
+        """The launcher wants training to end."""
+        self._start.stop_request.set()
+
+    def on_contact(self, seat: int, epoch: object, away_s: float) -> None:
+        """Noted in the log."""
+        self._log.write("coordinator_found", seat=seat, epoch=epoch, away_s=round(away_s, 3))
+
+    def on_contact_lost(self, message: str) -> None:
+        """Noted in the log."""
+        self._log.write("coordinator_lost", message=message)
 
     def _break(self) -> None:
         assert self._current is not None
