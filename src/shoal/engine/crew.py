@@ -11,7 +11,6 @@ from shoal.engine.checkpoint.session import CheckpointSession
 from shoal.engine.computation import Computation
 from shoal.engine.division import Division
 from shoal.engine.exchange import ReplicaExchange
-from shoal.engine.handover import Giving
 from shoal.engine.lookout import Lookout
 from shoal.engine.newcomer import Newcomer
 from shoal.engine.own_pace import OwnPace
@@ -21,6 +20,7 @@ from shoal.engine.shards.copies import Copies
 from shoal.engine.shards.gate import Gate
 from shoal.engine.stopping import StopRule
 from shoal.engine.stopwatch import Stopwatch
+from shoal.engine.travelling import Giving
 from shoal.engine.turnover import Turnover
 from shoal.engine.validation import Validator
 from shoal.events import EventLog

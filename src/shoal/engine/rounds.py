@@ -23,8 +23,10 @@ from torch import Tensor
 from shoal.engine.course import Course, Crossing, Lost, make_up, share_of
 from shoal.engine.exchange.alone import CountedAlone
 from shoal.engine.exchange.ledger import Held, Ledger
-from shoal.engine.handover import Giving, Outcome, Roles, Standing, Taking, digest, roles
+from shoal.engine.handover import Outcome
 from shoal.engine.progress import Progress
+from shoal.engine.standing import Roles, Standing, digest, roles
+from shoal.engine.travelling import Giving, Taking
 from shoal.events import EventLog
 from shoal.wire.groups import World, failures_as_lost_peers
 
