@@ -11,6 +11,7 @@ from torch import Tensor
 from shoal.engine.checkpoint import archive, tree
 from shoal.events import Event, read_events
 from shoal.job.target import resolve
+from shoal.launch.audience import Audience
 from shoal.launch.placement import Placement, Seating
 from shoal.launch.supervisor import Supervisor
 from shoal.plan import dump_plan, num_servers, parse_plan, plan_hash, resolve_plan
@@ -35,7 +36,7 @@ def train_on(
     run = open_run(folder, target.short_name, resume=resume)
     write_atomic(run.plan, dump_plan(resolved).encode())
     run.write_info({"job": target.name, "arguments": dict(target.arguments), "plan_hash": plan_hash(resolved)})
-    Supervisor(seat(nodes), run, resume=resume, num_servers=num_servers(resolved), watch=_ignore, notice=_ignore).run()
+    Supervisor(seat(nodes), run, Audience(), resume=resume, num_servers=num_servers(resolved)).run()
     return run
 
 
@@ -59,7 +60,3 @@ def newest_checkpoint(run: Run) -> Path:
 def events_of(run: Run, kind: str, source: str = "rank-0") -> list[Event]:
     """All events of one kind from one process, in order."""
     return [event for event in read_events(run.events) if event["kind"] == kind and event["source"] == source]
-
-
-def _ignore(_: object) -> None:
-    """Nobody looks."""

@@ -19,10 +19,11 @@ from shoal.dashboard.history import History, summary
 from shoal.dashboard.progress import LiveProgress
 from shoal.dashboard.report import read_history, write_report
 from shoal.errors import FaultsError, UsageError
-from shoal.events import Event, read_events
+from shoal.events import read_events
 from shoal.job.job import Job
 from shoal.job.target import Target, resolve, target_of
 from shoal.launch import local
+from shoal.launch.audience import Audience
 from shoal.launch.elastic import ElasticSupervisor, Membership
 from shoal.launch.lab.lab import Lab
 from shoal.launch.placement import Seating
@@ -144,44 +145,33 @@ def execute(
     run = run or open_run(folder, target.short_name, resume=False)
     with run.claimed():
         _store(run, target, resolved)
-        _launch(run, resolved, where, cluster, membership, faults, resume=resume, show=show, notice=notice)
+        audience = _audience(run, resume=resume, show=show, notice=notice)
+        with _seating(where, cluster, num_ranks(resolved)) as (seating, lab):
+            if membership is None:
+                Supervisor(seating, run, audience, resume=resume, num_servers=num_servers(resolved)).run()
+            else:
+                _warn_of_open_token(where, membership, notice)
+                ElasticSupervisor(
+                    seating, run, membership, audience, resume=resume, faults=faults, lab=lab
+                ).run_to_the_end()
     write_report(run)
     return Result(run.path, summary(read_history(run), str(run.path)))
 
 
-def _launch(
-    run: Run,
-    plan: Plan,
-    where: Where,
-    cluster: Cluster | None,
-    membership: Membership | None,
-    faults: list[Fault],
-    *,
-    resume: bool,
-    show: Callable[[History], None],
-    notice: Callable[[str], None],
-) -> None:
-    """Start the workers and watch them to their end."""
-    history, world_size = History(), num_ranks(plan)
-
-    def watch(events: list[Event]) -> None:
-        show(fold(events, history))
-
+def _audience(run: Run, *, resume: bool, show: Callable[[History], None], notice: Callable[[str], None]) -> Audience:
+    """`show` sees the whole history, a resumed run's past included."""
+    history = History()
     if resume:
         fold(read_events(run.events), history)
-    with _seating(where, cluster, world_size) as (seating, lab):
-        if membership is not None:
-            if where.address and not is_loopback(where.address) and membership.tls is None:
-                notice(
-                    f"warning: who listens on the network of {where.address} can read the token that lets workers "
-                    "join; elastic.tls_certificate and tls_key encrypt it"
-                )
-            ElasticSupervisor(
-                seating, run, membership, resume=resume, watch=watch, notice=notice, faults=faults, lab=lab
-            ).run_to_the_end()
-        else:
-            servers = num_servers(plan)
-            Supervisor(seating, run, resume=resume, num_servers=servers, watch=watch, notice=notice).run()
+    return Audience(watch=lambda events: show(fold(events, history)), notice=notice)
+
+
+def _warn_of_open_token(where: Where, membership: Membership, notice: Callable[[str], None]) -> None:
+    if where.address and not is_loopback(where.address) and membership.tls is None:
+        notice(
+            f"warning: who listens on the network of {where.address} can read the token that lets workers join; "
+            "elastic.tls_certificate and tls_key encrypt it"
+        )
 
 
 def _cluster(where: Where) -> Cluster | None:

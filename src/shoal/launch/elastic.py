@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shoal.cluster.faults import Fault
 from shoal.cluster.membership_events import Rules
 from shoal.cluster.seats import Seats
 from shoal.cluster.whereabouts import Whereabouts
-from shoal.events import Event, EventLog, EventReader
+from shoal.events import EventLog, EventReader
 from shoal.launch.attending import has_finished, start_worker
+from shoal.launch.audience import Audience
 from shoal.launch.coordinator import CoordinatorProcess, Serving
 from shoal.launch.failure import explain
 from shoal.launch.injector import Injector
@@ -64,10 +65,9 @@ class ElasticSupervisor:
         seating: Seating,
         run: Run,
         membership: Membership,
+        audience: Audience,
         *,
         resume: bool,
-        watch: Callable[[list[Event]], None],
-        notice: Callable[[str], None],
         faults: Sequence[Fault] = (),
         lab: Lab | None = None,
     ) -> None:
@@ -75,8 +75,6 @@ class ElasticSupervisor:
 
         Args:
             seating: at least as many placements as workers to start with; the others are for those that join later.
-            watch: is given new events a few times a second, and once at the end.
-            notice: is given sentences for the person at the terminal.
             faults: what to rehearse.
             lab: where links can be cut.
         """
@@ -84,8 +82,7 @@ class ElasticSupervisor:
         self.lab = lab
         self._seating = seating
         self._membership = membership
-        self._watch = watch
-        self._notice = notice
+        self._audience = audience
         self._faults = faults
         self._workers = Workers()
         self._servers = Servers(run)
@@ -122,7 +119,7 @@ class ElasticSupervisor:
                 for placement in self._seating.placements[: self._membership.nodes]:
                     self._start(placement.rank, placement)
                 self._follow(reader, log, injector)
-                self._watch(reader.poll())
+                self._audience.watch(reader.poll())
                 if not self._came_to_its_end():
                     raise explain(self.run, self._failed, since=self._since)
             finally:
@@ -240,7 +237,7 @@ class ElasticSupervisor:
                 injector.observe(events)
             if events or now >= watch_at:
                 watch_at = now + _WATCH_S
-                self._watch(events)
+                self._audience.watch(events)
             time.sleep(_POLL_S)
 
     def _report(self, worker: Worker, log: EventLog) -> None:
@@ -271,5 +268,5 @@ class ElasticSupervisor:
     def _on_signal(self) -> None:
         self._interrupts += 1
         if self._interrupts == 1:
-            self._notice("stopping after this step and saving a checkpoint; once more stops at once")
+            self._audience.notice("stopping after this step and saving a checkpoint; once more stops at once")
             self._workers.ask_to_stop()

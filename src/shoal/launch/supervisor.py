@@ -9,10 +9,10 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable
 
 from shoal.errors import RendezvousError
-from shoal.events import Event, EventLog, EventReader
+from shoal.events import EventLog, EventReader
+from shoal.launch.audience import Audience
 from shoal.launch.failure import explain
 from shoal.launch.placement import Placement, Seating
 from shoal.launch.processes import open_process, signals
@@ -27,29 +27,17 @@ _GRACE_S = 3.0
 class Supervisor:
     """Runs all workers of a seating to their end."""
 
-    def __init__(
-        self,
-        seating: Seating,
-        run: Run,
-        *,
-        resume: bool,
-        num_servers: int = 0,
-        watch: Callable[[list[Event]], None],
-        notice: Callable[[str], None],
-    ) -> None:
+    def __init__(self, seating: Seating, run: Run, audience: Audience, *, resume: bool, num_servers: int = 0) -> None:
         """Prepare; `run` starts the processes.
 
         Args:
             num_servers: parameter servers to start beside the workers.
-            watch: is given new events a few times a second, and once at the end.
-            notice: is given sentences for the person at the terminal.
         """
         self._seating = seating
         self._run = run
         self._resume = resume
         self._num_servers = num_servers
-        self._watch = watch
-        self._notice = notice
+        self._audience = audience
         self._workers = Workers()
         self._servers = Servers(run)
         self._failed: dict[int, int] = {}  # rank -> exit code, of those that ended badly by themselves, first to last
@@ -72,7 +60,7 @@ class Supervisor:
                 with EventLog(self._run.events / "launcher.jsonl", "launcher") as log:
                     self._start()
                     self._follow(reader, log)
-                    self._watch(reader.poll())
+                    self._audience.watch(reader.poll())
                 if self._failed:
                     raise explain(self._run, self._failed, since=self._since)
             finally:
@@ -133,14 +121,14 @@ class Supervisor:
                 raise explain(self._run, {}, since=self._since)
             if deadline is not None and time.monotonic() > deadline:
                 self._workers.kill()
-            self._watch(reader.poll())
+            self._audience.watch(reader.poll())
             time.sleep(_POLL_S)
 
     def _on_signal(self) -> None:
         """A first time ask for a clean stop, a second time for an immediate one."""
         self._interrupts += 1
         if self._interrupts == 1:
-            self._notice("stopping after this step and saving a checkpoint; once more stops at once")
+            self._audience.notice("stopping after this step and saving a checkpoint; once more stops at once")
             self._workers.ask_to_stop()
 
 

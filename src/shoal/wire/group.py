@@ -88,6 +88,16 @@ class Group:
         """Collect every member's tensor into `rows`, in their order."""
         self._finish(self._of(tensor).allgather([rows], [tensor]), tensor)
 
+    def gather_into(self, gathered: Tensor, own: Tensor) -> None:
+        """Collect every member's `own` in `gathered`, one after the other in their order."""
+        self._finish(self._of(own)._allgather_base(gathered, own), own)
+
+    def reduce_scatter(self, own: Tensor, whole: Tensor, op: dist.ReduceOp) -> None:
+        """Reduce every member's `whole`, of which member i gets the i-th part as `own`."""
+        options = dist.ReduceScatterOptions()
+        options.reduceOp = op
+        self._finish(self._of(whole)._reduce_scatter_base(own, whole, options), whole)
+
     def all_to_all(self, received: Tensor, sent: Tensor) -> None:
         """Row i of `sent` goes to member i (NCCL)."""
         self._of(sent).alltoall_base(received, sent, [], []).wait()

@@ -131,12 +131,12 @@ class World:
         self._groups.append(group)
         return group
 
-    def process_group(self, name: str, members: Sequence[int]) -> dist.ProcessGroup:
-        """As `group`, in the form that torch.distributed's layouts take. It ends with the view, like all groups.
+    def process_group(self, group: Group) -> dist.ProcessGroup:
+        """One of this view's groups in the form that torch.distributed's layouts take. It ends with the view.
 
         No default group is needed, so there is nothing global that one view would have to clear away for the next.
         """
-        made = self.group(name, members).as_process_group(self.store)
+        made = group.as_process_group(self.store)
         self.on_close(lambda: _unregister_process_group(made.group_name))
         return made
 

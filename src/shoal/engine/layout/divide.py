@@ -78,7 +78,7 @@ def divide(model: nn.Module, place: Place, task: Task) -> Divided:
     if config.shard > 1:
         _check_shardable(whole.regions)
         for root in list(model.children()) if config.pipeline > 1 else [model]:
-            shard(root, whole.blocks, place.mesh["shard"], config, bf16=task.bf16)
+            shard(root, whole.blocks, place, bf16=task.bf16)
         regions = {name: region.of_rows(place.index("shard"), config.shard) for name, region in regions.items()}
         usage = Usage(model, inner)
     _give_memory(model, place.device)
@@ -91,7 +91,7 @@ def divide(model: nn.Module, place: Place, task: Task) -> Divided:
         model,
         parameters,
         buffers={name: buffer for name, buffer in whole.buffers.items() if id(buffer) in own_buffers},
-        group=place.group,
+        total=place.total,
         peers=place.peers,
         speaks=place.index("tensor") == 0 and place.index("pipeline") == config.pipeline - 1,
         after_backward=sum_tied(place, parameters, tied) if config.pipeline > 1 else None,

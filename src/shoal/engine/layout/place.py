@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from shoal.strategy.layout.config import LayoutConfig
 from shoal.strategy.layout.grid import AXES, WITHIN, Grid
+from shoal.wire.group import Group
 from shoal.wire.groups import World
 
 
@@ -20,8 +24,9 @@ class Place:
     Attributes:
         device: where this rank computes.
         mesh: the grid as torch.distributed sees it.
-        group: the ranks of this rank's replica; `peers`: the ranks of all replicas that stand here in the pipeline;
-            None: all ranks.
+        total: adds a tensor up in place over the ranks of this rank's replica.
+        peers: the ranks of all replicas that stand here in the pipeline; None: all ranks.
+        gathering: the axis shard's, where it ends with a view; None: the mesh's own.
     """
 
     config: LayoutConfig
@@ -29,8 +34,9 @@ class Place:
     rank: int
     device: torch.device
     mesh: DeviceMesh
-    group: dist.ProcessGroup
+    total: Callable[[Tensor], object]
     peers: dist.ProcessGroup | None
+    gathering: Group | None = None
 
     def index(self, axis: str) -> int:
         """This rank's place on one axis."""
@@ -40,8 +46,8 @@ class Place:
 def take_place(config: LayoutConfig, grid: Grid, rank: int, device: torch.device) -> Place:
     """Make the process groups of the grid. Collective."""
     mesh = DeviceMesh(device.type, torch.tensor(grid.ranks).reshape(grid.sizes), mesh_dim_names=AXES)
-    group, peers = (_group(grid.groups(*axes), rank) for axes in (WITHIN, ("replicate", "shard", "tensor")))
-    return Place(config, grid, rank, device, mesh, group, peers)
+    within, peers = (_group(grid.groups(*axes), rank) for axes in (WITHIN, ("replicate", "shard", "tensor")))
+    return Place(config, grid, rank, device, mesh, functools.partial(dist.all_reduce, group=within), peers)
 
 
 def take_place_in_view(config: LayoutConfig, grid: Grid, world: World, device: torch.device) -> Place | None:
@@ -53,13 +59,14 @@ def take_place_in_view(config: LayoutConfig, grid: Grid, world: World, device: t
     if config.ranks_per_replica == 1:
         return None
     members = grid.group(world.rank, "shard")
-    group, within = (world.process_group(f"shard/{use}", members) for use in ("model", "sums"))
+    gathering, within = (world.group(f"shard/{use}", members) for use in ("model", "sums"))
+    group = world.process_group(gathering)
     places, own = torch.arange(len(members)), members.index(world.rank)
     mesh = DeviceMesh(device.type, places, mesh_dim_names=("shard",), _init_backend=False, _rank=own)
     # What DeviceMesh.from_group does, less its look at global ranks, which a group of a view does not have.
     mesh._dim_group_names = [group.group_name]
     mesh._pg_registry[group.group_name] = group
-    return Place(config, grid, world.rank, device, mesh, within, None)
+    return Place(config, grid, world.rank, device, mesh, within.all_reduce, None, gathering)
 
 
 def _group(groups: list[list[int]], rank: int) -> dist.ProcessGroup:

@@ -70,7 +70,7 @@ class Replica:
         model: what this rank computes: the whole model, or its stage.
         parameters: in the whole model's order, each tensor once.
         buffers: the persistent ones that this rank has, by their names in the whole model.
-        group: the process group of the ranks that hold this replica together; None: this rank alone.
+        total: adds a tensor up in place over the ranks that hold this replica together; None: this rank alone.
         peers: the process group of all ranks, of any replica, that compute the same layers; None: all ranks.
         speaks: this rank's loss counts (of ranks that compute the same samples, one).
         order: the place of every parameter of the whole model, on whatever rank.
@@ -84,7 +84,7 @@ class Replica:
     model: nn.Module
     parameters: Sequence[Held]
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
-    group: dist.ProcessGroup | None = None
+    total: Callable[[Tensor], object] | None = None
     peers: dist.ProcessGroup | None = None
     speaks: bool = True
     after_backward: Callable[[], None] | None = None
@@ -106,7 +106,7 @@ class Replica:
     @property
     def is_whole(self) -> bool:
         """Whether this rank alone holds the replica."""
-        return self.group is None
+        return self.total is None
 
     @property
     def num_values(self) -> int:
@@ -192,9 +192,9 @@ class Replica:
     def sum(self, values: Iterable[float]) -> list[float]:
         """Add numbers up over the ranks of the replica, in float64. Collective."""
         total = torch.tensor(list(values), dtype=torch.float64)
-        if self.group is not None:
+        if self.total is not None:
             with failures_as_lost_peers("summing inside a replica"):
-                dist.all_reduce(total, group=self.group)
+                self.total(total)
         summed: list[float] = total.tolist()
         return summed
 

@@ -6,13 +6,15 @@ Zhao et al. 2023, PyTorch FSDP; torch.distributed.fsdp.fully_shard.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from shoal.strategy.layout.config import LayoutConfig
+from shoal.engine.layout.place import Place
+from shoal.wire.group import Group
 
 SMALLEST_GATHER_BYTES = 32 * 1024 * 1024
 """A model with less is gathered at once: waiting for each other costs more than it saves."""
@@ -20,14 +22,15 @@ LARGEST_GATHER_BYTES = 96 * 1024 * 1024
 """A block with more is gathered in parts, so that a rank's memory is its share and little more."""
 
 
-def shard(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, config: LayoutConfig, *, bf16: bool) -> None:
-    """Divide the parameters of a model over `mesh`, block by block; large blocks module by module.
+def shard(model: nn.Module, blocks: Sequence[nn.Module], at: Place, *, bf16: bool) -> None:
+    """Divide the parameters of a model over the axis shard, block by block; large blocks module by module.
 
     Args:
         blocks: modules to gather one at a time; those that are not the model's are passed over.
         bf16: gather parameters as bfloat16 and sum gradients in float32; what is held stays as it is.
-        config: of it `keep_gathered` and `offload`.
+        at: where this rank stands; of its plan `keep_gathered` and `offload`.
     """
+    config, mesh = at.config, at.mesh["shard"]
     precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
     place = CPUOffloadPolicy() if config.offload and mesh.device_type != "cpu" else OffloadPolicy()
     inside = set(model.modules())
@@ -42,6 +45,44 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, confi
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(enable=True)
             module.set_reduce_scatter_unused_params(True)
+            if at.gathering is not None:
+                gather: Any = _Gather(at.gathering)
+                reduce_scatter: Any = _ReduceScatter(at.gathering)
+                module.set_custom_all_gather(gather)
+                module.set_custom_reduce_scatter(reduce_scatter)
+
+
+class _InView:
+    """What FSDP2 asks of an operation of our own: `torch.distributed.fsdp`'s `Comm`."""
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+
+class _Gather(_InView):
+    """Waits in a view's group, and so no longer than the view lasts."""
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> None:
+        self._group.gather_into(output_tensor, input_tensor)
+
+
+class _ReduceScatter(_InView):
+    """The same for gradients."""
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: dist.ReduceOp,
+        async_op: bool = False,
+    ) -> None:
+        self._group.reduce_scatter(output_tensor, input_tensor, op)
 
 
 def _parts(blocks: Iterable[nn.Module]) -> Iterator[nn.Module]:

@@ -39,7 +39,7 @@ class Source:
         """The tensors stay the parts' own; the model's modules can go, and what they have gathered with them."""
         empty = torch.nn.Module()
         whole = parts.replica
-        slim = Replica(empty, whole.parameters, buffers=whole.buffers, group=whole.group, size=whole.size)
+        slim = Replica(empty, whole.parameters, buffers=whole.buffers, total=whole.total, size=whole.size)
         return cls(slim, parts.optimizer, parts.schedule)
 
 
