@@ -167,12 +167,8 @@ def exchange():
         (beside.send(large, 1) if rank == 0 else beside.receive(large, 0)).wait()
     elif kind == "arriving":
         (beside.send(large, 0) if rank == 1 else beside.receive(large, 1)).wait()
-    elif kind == "broadcast":
-        beside.broadcast(large, 1)
-    elif kind == "gather_into":
-        beside.gather_into(torch.empty(200_000_000), large)
     else:
-        beside.reduce_scatter(torch.empty(50_000_000), large, dist.ReduceOp.SUM)
+        beside.broadcast(large, 1)
 
 world.everybody.barrier()
 if rank == 1:
@@ -193,7 +189,7 @@ os._exit(0)
 """
 
 
-@pytest.mark.parametrize("kind", ["broadcast", "gather_into", "reduce_scatter", "arriving", "leaving"])
+@pytest.mark.parametrize("kind", ["collective", "arriving", "leaving"])
 def test_a_cut_frees_who_has_got_a_part_of_a_message(kind: str) -> None:
     """Gloo alone would wait for the rest of it for half an hour, and so would whoever closes the group."""
     with socket.socket() as probe:
