@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Sequence
 
 import pytest
@@ -147,3 +148,11 @@ def test_losses_of_members_at_any_moment_leave_it_clean(seed: int) -> None:
     events += view(t + 1, 8, [0], step_number) + steps(range(step_number + 1, step_number + 4), [0], t=t)
     assert audit(sorted(events, key=lambda e: e["t"])).is_clean
     assert audit(events).epochs >= 1
+
+
+def test_a_long_stay_in_one_view_is_read_as_fast_as_many_short_ones() -> None:
+    seats, num_steps = [0, 1], 15_000
+    events = view(0.0, 1, seats, 0) + steps(range(1, num_steps + 1), seats)
+    began = time.perf_counter()
+    assert audit(events).epochs == num_steps // 3
+    assert time.perf_counter() - began < 10  # looking at all steps for each of them takes minutes

@@ -103,10 +103,11 @@ def _lasting(events: Iterable[Event]) -> dict[int, _Told]:
     for key in sorted(views, key=lambda key: (order.index(key[0]), key[1]), reverse=True):
         steps = [event for _, event in views[key] if event["kind"] == "step"]
         starts = [view.start for view, _ in views[key] if view.start is not None]
+        num_ranks = max(view.num_ranks for view, _ in views[key])
         for event in steps:
             step = int(event["step"])
             if step <= undone_beyond:
-                told = lasting.setdefault(step, _Told(max(view.num_ranks for view, _ in views[key])))
+                told = lasting.setdefault(step, _Told(num_ranks))
                 told.batches.append(_Batch(int(event["epoch"]), int(event["first"]), int(event["samples"])))
                 told.shares.append(int(event["share"]))
         starts += [int(event["step"]) - 1 for event in steps]
