@@ -95,9 +95,11 @@ def torchft(options: argparse.Namespace) -> Figures:
 def soaked(options: argparse.Namespace) -> Figures:
     """Many random faults."""
     every = tuple(options.every_steps)
-    return [
-        soak(Soak(faults=options.soak or 50, seed=options.seed, every_steps=every, lease_s=min(2.0, options.lease)))
-    ]
+    lease_s = min(2.0, options.lease)
+    wanted = Soak(
+        faults=options.soak or 50, seed=options.seed, every_steps=every, lease_s=lease_s, calm=options.soak_calm
+    )
+    return [soak(wanted)]
 
 
 def _struck(options: argparse.Namespace, kind: str, rank: int, more: dict[str, Any]) -> dict[str, Any]:
@@ -202,6 +204,7 @@ def main() -> None:
         "--every-steps", type=int, nargs=2, default=(20, 80), help="from one fault of the soak to the next"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the soak")
+    parser.add_argument("--soak-calm", type=int, default=2, help="runs as long as the soak, without faults")
     options = parser.parse_args()
     chosen = options.part or ("soak" if options.soak else ",".join(parts))
     for part in chosen.split(","):

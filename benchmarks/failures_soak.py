@@ -40,13 +40,14 @@ _SAMPLE_S = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class Soak:
-    """How much, and how dense: a fault every so many steps, the least and the most."""
+    """How much, and how dense: a fault every so many steps, the least and the most; and how many runs without faults."""
 
     faults: int
     seed: int = 0
     every_steps: tuple[int, int] = (20, 80)
     lease_s: float = 2.0
     link: str = "100mbit"
+    calm: int = 2
 
     @property
     def epochs(self) -> int:
@@ -171,8 +172,8 @@ def _watched(wanted: Soak, run: Path, seed: int, faults: Path | None) -> dict[st
 
 
 def _seeds(wanted: Soak) -> range:
-    """Of the runs without faults: the same, and another, to see by how much a loss differs anyway."""
-    return range(wanted.seed, wanted.seed + 2)
+    """Of the runs without faults: the same, and others, to see by how much a loss differs anyway."""
+    return range(wanted.seed, wanted.seed + wanted.calm)
 
 
 def _train(wanted: Soak, run: Path, seed: int, faults: Path | None) -> str | None:
