@@ -40,7 +40,7 @@ _SAMPLE_S = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class Soak:
-    """How much, and how dense: a fault every so many steps, the least and the most; and how many runs without faults."""
+    """How much, and how dense: a fault every so many steps, the least and the most; and the runs without faults."""
 
     faults: int
     seed: int = 0
