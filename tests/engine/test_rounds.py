@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from shoal.data.loader import Cursor, Loader, LoaderConfig
-from shoal.engine.course import Course
 from shoal.engine.exchange.ledger import Fragment, Held, Ledger
-from shoal.engine.handover import Outcome
 from shoal.engine.layout.replica import Replica
 from shoal.engine.progress import Progress
-from shoal.engine.rounds import Rounds, Word, givers_and_takers, lost_since, rhythm_of
-from shoal.engine.standing import Roles
+from shoal.engine.views.course import Course
+from shoal.engine.views.handover import Outcome
+from shoal.engine.views.rounds import Rounds, Word, givers_and_takers, lost_since, rhythm_of
+from shoal.engine.views.standing import Roles
 from shoal.events import EventLog, read_events
 from shoal.strategy.sync.local import LocalConfig
 from shoal.wire.groups import World

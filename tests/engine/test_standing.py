@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from shoal.engine.standing import Standing, digest_of, roles, roles_apart
+from shoal.engine.views.standing import Standing, digest_of, roles, roles_apart
 
 SOME = st.lists(
     st.builds(Standing, step=st.integers(-1, 3), validated=st.integers(-1, 3), digest=st.integers(0, 2)),

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shoal.engine.memories import copy_range, pieces_of
-from shoal.engine.standing import Roles
-from shoal.engine.travelling import Giving
+from shoal.engine.views.standing import Roles
+from shoal.engine.views.travelling import Giving
 from shoal.wire.group import Group
 
 

@@ -12,7 +12,6 @@ from shoal.engine.computation import Computation
 from shoal.engine.division import Division
 from shoal.engine.exchange import ReplicaExchange
 from shoal.engine.lookout import Lookout
-from shoal.engine.newcomer import Newcomer
 from shoal.engine.own_pace import OwnPace
 from shoal.engine.pace import InStep
 from shoal.engine.patience import Endless, Watch
@@ -20,9 +19,10 @@ from shoal.engine.shards.copies import Copies
 from shoal.engine.shards.gate import Gate
 from shoal.engine.stopping import StopRule
 from shoal.engine.stopwatch import Stopwatch
-from shoal.engine.travelling import Giving
 from shoal.engine.turnover import Turnover
 from shoal.engine.validation import Validator
+from shoal.engine.views.newcomer import Newcomer
+from shoal.engine.views.travelling import Giving
 from shoal.events import EventLog
 from shoal.wire.groups import World
 

@@ -3,7 +3,7 @@
 It reads everything from the run directory, joins the others, trains, and reports its end as an event. Its exit code is
 0 when training ended by itself and 1 when this rank failed or saw another fail; when its launcher goes away, it is
 killed. How it joins, and what becomes of it when another rank fails, is `static.py`'s (all ranks from beginning to end)
-or `elastic.py`'s (ranks that come and go).
+or `views/elastic.py`'s (ranks that come and go).
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from shoal.engine import control, elastic, static
+from shoal.engine import control, static
 from shoal.engine.start import Start
 from shoal.engine.telling import named, report
+from shoal.engine.views import elastic
 from shoal.events import EventLog
 from shoal.run import Run
 

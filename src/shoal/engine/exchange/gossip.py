@@ -1,8 +1,8 @@
 """Gossip on one rank: parameters are mixed with the neighbours' while the gradient is computed from the old ones.
 
-Where ranks come and go (`engine/course.py`), each view has a graph of its own over those who live, and every survivor
-keeps its replica. In a planned change nothing is lost: all take the mean of all replicas first. Under a codec, what
-neighbours were told belongs to the old graph: all forget it together, and begin to tell each other anew.
+Where ranks come and go (`engine/views/course.py`), each view has a graph of its own over those who live, and every
+survivor keeps its replica. In a planned change nothing is lost: all take the mean of all replicas first. Under a codec,
+what neighbours were told belongs to the old graph: all forget it together, and begin to tell each other anew.
 """
 
 from __future__ import annotations

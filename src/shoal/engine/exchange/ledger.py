@@ -3,7 +3,7 @@
 A fragment's *round* begins when the difference from the anchor leaves, and is over when its mean has been merged. Each
 fragment's rounds are counted, so that ranks can tell who has merged what. A round that broke may be undone: then it
 never happened, its samples count again, and the values keep what they have learned. Connections are no part of this;
-neither is any word of other ranks: see `engine/rounds.py`.
+neither is any word of other ranks: see `engine/views/rounds.py`.
 """
 
 from __future__ import annotations

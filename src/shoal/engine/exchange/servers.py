@@ -2,8 +2,8 @@
 
 Where workers come and go, the servers stay and hold the training's state; each view tells them who its workers are
 (by seat, which outlives a view), and whatever still comes from an earlier view is refused. What becomes of a step that
-a loss has cut in two is told in `standing_in.py`. In mode async an update names the part that it learned from, so the
-servers know which parts of a round are left to be leased again.
+a loss has cut in two is told in `engine/views/standing_in.py`. In mode async an update names the part that it learned
+from, so the servers know which parts of a round are left to be leased again.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """A rank of replicas that several ranks hold together (`layout.shard`), among others that come and go.
 
-As `elastic.py`, with another rule for the state, since no rank has all of it. In each view the model is built anew, and
-divided over those who are there (`sharded_over`). Its values are those of the newest complete state: the live shards,
-as long as every shard has a living holder; else the newest copies in memory; else the newest checkpoint on disk.
+As `views/elastic.py`, with another rule for the state, since no rank has all of it. In each view the model is built
+anew, and divided over those who are there (`sharded_over`). Its values are those of the newest complete state: the live
+shards, as long as every shard has a living holder; else the newest copies in memory; else the newest checkpoint on
+disk.
 """
 
 from __future__ import annotations
@@ -18,11 +19,8 @@ from typing import Any
 from shoal.cluster.views import View
 from shoal.engine import build, random_state
 from shoal.engine.assemble import assemble, divide_as_planned
-from shoal.engine.attending import AttendingRank
 from shoal.engine.build import Connected, Parts
 from shoal.engine.checkpoint.session import CheckpointSession
-from shoal.engine.connecting import Connecting
-from shoal.engine.following import NEIGHBOURS, Following
 from shoal.engine.garbage import spare_what_lasts
 from shoal.engine.loop import TURN, Loop
 from shoal.engine.progress import Progress
@@ -35,6 +33,9 @@ from shoal.engine.shards.regather import compare, describe, move
 from shoal.engine.shards.shard import Shard, Source
 from shoal.engine.start import Start, target_of_run
 from shoal.engine.telling import Context, announce, conclude, explain_layout
+from shoal.engine.views.attending import AttendingRank
+from shoal.engine.views.connecting import Connecting
+from shoal.engine.views.following import NEIGHBOURS, Following
 from shoal.errors import CheckpointError, PeerLostError
 from shoal.strategy.topology import Topology
 from shoal.wire.blocks import return_large_blocks

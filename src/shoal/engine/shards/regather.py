@@ -14,10 +14,10 @@ import safetensors.torch
 import torch
 
 from shoal.engine.checkpoint import tree
-from shoal.engine.handover import tell
 from shoal.engine.shards.choice import Choice, Label
 from shoal.engine.shards.shard import Shard
 from shoal.engine.shards.streams import Memories, gather, swap
+from shoal.engine.views.handover import tell
 from shoal.wire.checksum import NUM_BYTES, check, checksum
 from shoal.wire.groups import World
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shoal.engine.build import Parts
 from shoal.engine.exchange.gradients import GradientExchange
-from shoal.engine.travelling import Taking
+from shoal.engine.views.travelling import Taking
 
 _MOST_STEPS = 64  # kept, each as large as the gradient; then training waits for the state
 

@@ -23,9 +23,9 @@ from shoal.cluster.attendance import Attendance, Hello, Listener, worded
 from shoal.cluster.membership_events import MEMBERS, PLACE, SUCCESSOR, Waiting
 from shoal.cluster.views import View
 from shoal.engine.build import Connected
-from shoal.engine.connecting import Connecting
 from shoal.engine.patience import Watch
 from shoal.engine.start import Start, fingerprint
+from shoal.engine.views.connecting import Connecting
 from shoal.errors import PeerLostError
 from shoal.job.target import Target
 from shoal.plan import Plan, for_ranks

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from shoal.engine.assemble import assemble
-from shoal.engine.course import Course, Crossing
 from shoal.engine.exchange.base import Among
 from shoal.engine.exchange.in_name import InName
 from shoal.engine.exchange.server_access import server_client
-from shoal.engine.handover import Outcome, tell
 from shoal.engine.progress import Progress
+from shoal.engine.views.course import Course, Crossing
+from shoal.engine.views.handover import Outcome, tell
 from shoal.events import EventLog
 from shoal.job.sparse_table import sparse_tables
 from shoal.strategy.sync.parameter_server import ParameterServerConfig

@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shoal.engine.course import Course, Crossing, Lost, make_up, share_of
 from shoal.engine.exchange.alone import CountedAlone
 from shoal.engine.exchange.ledger import Held, Ledger
-from shoal.engine.handover import Outcome
 from shoal.engine.progress import Progress
-from shoal.engine.standing import Roles, Standing, digest, roles
-from shoal.engine.travelling import Giving, Taking
+from shoal.engine.views.course import Course, Crossing, Lost, make_up, share_of
+from shoal.engine.views.handover import Outcome
+from shoal.engine.views.standing import Roles, Standing, digest, roles
+from shoal.engine.views.travelling import Giving, Taking
 from shoal.events import EventLog
 from shoal.wire.groups import World, failures_as_lost_peers
 

@@ -26,10 +26,10 @@ from shoal.engine.assemble import assemble
 from shoal.engine.build import Connected, Parts
 from shoal.engine.checkpoint.session import CheckpointSession
 from shoal.engine.exchange.alone import Alone
-from shoal.engine.handover import Outcome, tell
 from shoal.engine.own_pace import Round
 from shoal.engine.progress import Progress
 from shoal.engine.turnover import Turnover
+from shoal.engine.views.handover import Outcome, tell
 from shoal.events import EventLog
 from shoal.job.job import Job
 from shoal.strategy.sync.gossip import GossipConfig, graph_of

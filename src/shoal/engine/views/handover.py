@@ -21,8 +21,8 @@ from shoal.engine.build import Parts
 from shoal.engine.checkpoint import tree
 from shoal.engine.layout.optimizer_state import named_state
 from shoal.engine.progress import Progress
-from shoal.engine.standing import NOTHING, Roles, Standing, digest_of, roles, roles_apart
-from shoal.engine.travelling import Giving, Taking
+from shoal.engine.views.standing import NOTHING, Roles, Standing, digest_of, roles, roles_apart
+from shoal.engine.views.travelling import Giving, Taking
 from shoal.wire.group import Group
 from shoal.wire.groups import World, failures_as_lost_peers
 

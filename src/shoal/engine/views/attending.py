@@ -10,12 +10,12 @@ from collections.abc import Callable
 from shoal.engine.build import Connected
 from shoal.engine.checkpoint.archive import Archive
 from shoal.engine.checkpoint.session import CheckpointSession
-from shoal.engine.connecting import Connecting
-from shoal.engine.following import Following
 from shoal.engine.garbage import let_go
 from shoal.engine.patience import Endless, Patience, Watch, end_this_process
 from shoal.engine.start import Start
 from shoal.engine.turnover import Turnover
+from shoal.engine.views.connecting import Connecting
+from shoal.engine.views.following import Following
 from shoal.errors import PeerLostError
 from shoal.plan import Plan, load_plan
 

@@ -12,15 +12,15 @@ from dataclasses import dataclass
 
 from shoal.cluster.views import View
 from shoal.cluster.whereabouts import Whereabouts
-from shoal.engine.course import Crossing, agree_on_round, lost_samples, make_up
 from shoal.engine.exchange.base import Among
 from shoal.engine.exchange.ledger import Ledger
-from shoal.engine.handover import Outcome
 from shoal.engine.own_pace import Round
 from shoal.engine.progress import Progress
-from shoal.engine.rounds import Rounds, resume
-from shoal.engine.standing_in import StandingIn
 from shoal.engine.start import Start
+from shoal.engine.views.course import Crossing, agree_on_round, lost_samples, make_up
+from shoal.engine.views.handover import Outcome
+from shoal.engine.views.rounds import Rounds, resume
+from shoal.engine.views.standing_in import StandingIn
 from shoal.plan import Plan, num_servers
 from shoal.run import Run
 from shoal.strategy.sync.local import LocalConfig

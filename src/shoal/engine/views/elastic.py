@@ -24,29 +24,29 @@ import torch
 
 from shoal.cluster.views import View
 from shoal.engine import build, random_state
-from shoal.engine.apart import Carried, among, go_on_apart, settle_apart
 from shoal.engine.assemble import assemble, divide_as_planned, keep_cadence
-from shoal.engine.attending import AttendingRank
 from shoal.engine.build import Connected, Parts
 from shoal.engine.checkpoint.session import CheckpointSession
-from shoal.engine.connecting import Connecting
-from shoal.engine.course import Course, Crossing
 from shoal.engine.division import Division
 from shoal.engine.exchange import UNEQUAL
 from shoal.engine.exchange.gradients import GradientExchange
 from shoal.engine.experience import Experience
-from shoal.engine.farewell import save_alone
-from shoal.engine.following import COORDINATOR, NEIGHBOURS, Following
 from shoal.engine.garbage import spare_what_lasts
-from shoal.engine.handover import Outcome, hand_over, tell
 from shoal.engine.loop import TURN, Loop
-from shoal.engine.newcomer import Newcomer
 from shoal.engine.progress import Progress
 from shoal.engine.replicas import make_equal
 from shoal.engine.restoring import restore
 from shoal.engine.shards.rank import ShardedRank
 from shoal.engine.start import Start, target_of_run
 from shoal.engine.telling import Context, announce, conclude
+from shoal.engine.views.apart import Carried, among, go_on_apart, settle_apart
+from shoal.engine.views.attending import AttendingRank
+from shoal.engine.views.connecting import Connecting
+from shoal.engine.views.course import Course, Crossing
+from shoal.engine.views.farewell import save_alone
+from shoal.engine.views.following import COORDINATOR, NEIGHBOURS, Following
+from shoal.engine.views.handover import Outcome, hand_over, tell
+from shoal.engine.views.newcomer import Newcomer
 from shoal.errors import PeerLostError, RendezvousError, RunEnded
 from shoal.job.job import Job
 from shoal.plan import Plan, for_ranks, load_plan

@@ -17,7 +17,7 @@ from shoal.engine.build import Parts
 from shoal.engine.checkpoint import tree
 from shoal.engine.memories import bytes_of, copy_range, pieces_of
 from shoal.engine.restoring import restore
-from shoal.engine.standing import Roles
+from shoal.engine.views.standing import Roles
 from shoal.errors import PeerLostError
 from shoal.wire.checksum import NUM_BYTES, check, checksum
 from shoal.wire.group import Group
