@@ -112,6 +112,22 @@ def training(
         yield handle
 
 
+def train_until_joined(job: str, run: Path, *options: str, seat: int, then: int) -> int:
+    """Train until the worker with `seat` has joined and done `then` steps more, then stop. Returns the last step.
+
+    However long a process needs to start: on a busy machine that takes many times as long as on an idle one.
+    """
+    with training(job, run, *options) as handle:
+        told = f"rank-{seat}"
+        joined = handle.wait_for(lambda e: e["kind"] == "view" and e["source"] == told)
+        enough = joined["step"] + then
+        handle.wait_for(lambda e: e["kind"] == "step" and e["source"] == told and e["step"] >= enough)
+        handle.interrupt()
+        ended = handle.wait()
+    assert ended.code == 0, ended.stderr
+    return max(event["step"] for event in read_events(Run(run).events) if event["kind"] == "step")
+
+
 @contextlib.contextmanager
 def joining(run: Path, *options: str, prefix: Sequence[str] = ()) -> Iterator[Training]:
     """Start `shoal join RUN OPTIONS`, and kill what is left of it."""

@@ -18,7 +18,7 @@ from seen_runs import calm_and_struck
 from torch import Tensor
 from torch.optim import SGD
 
-from command_line import train, training
+from command_line import train, train_until_joined, training
 from shoal.run import Run
 from training_runs import final_state
 
@@ -280,13 +280,13 @@ def test_a_newcomer_begins_from_the_anchor_and_what_it_learns_is_averaged_with_t
         *plan(tmp_path, STREAMING.sync, more="[validation]\nevery = 0"),
         *faults(tmp_path, 'kind = "kill"\nrank = 0\nstep = 30', 'kind = "join"\nstep = 40'),
     ]
-    ended = train(TARGET, tmp_path / "run", *given, "--nodes", "4", "--steps", "300", "--set", "nap_s=0.03")
-    assert ended.code == 0, ended.stderr
+    given += ["--nodes", "4", "--set", "nap_s=0.03"]
+    last = train_until_joined(TARGET, tmp_path / "run", *given, seat=4, then=60)
     run = Run(tmp_path / "run")
     told = chapters(run)
     assert [len(chapter.seats) for chapter in told] == [4, 3, 4]
     assert told[2].took == [4]
-    assert hold_against_the_reference(run, STREAMING, 300).lost.keys() <= {0}
+    assert hold_against_the_reference(run, STREAMING, last).lost.keys() <= {0}
 
 
 @pytest.mark.slow
