@@ -208,3 +208,78 @@ def test_a_cut_frees_who_has_got_a_part_of_a_message(kind: str) -> None:
     freed_s, closed_s, told = json.loads(said)
     assert 1.0 <= freed_s < 8.0, told
     assert closed_s < 8.0
+
+
+ENDING = """
+import json, os, signal, sys, threading, time
+from datetime import timedelta
+import torch
+import torch.distributed as dist
+from shoal.errors import PeerLostError
+from shoal.wire.groups import World, failures_as_lost_peers
+
+rank, port, end = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+base = dist.TCPStore("127.0.0.1", port, None, rank == 0, wait_for_workers=False, timeout=timedelta(seconds=60))
+world = World(dist.PrefixStore("view", base), rank, 2, torch.device("cpu"), exempt_ports=[port])
+world.connect()
+one = torch.ones(4)
+operations = {
+    "all_reduce": lambda group: group.all_reduce(torch.ones(4)),
+    "broadcast": lambda group: group.broadcast(torch.ones(4), 1),
+    "all_gather": lambda group: group.all_gather([torch.ones(4), torch.ones(4)], one),
+    "gather_into": lambda group: group.gather_into(torch.ones(8), one),
+    "reduce_scatter": lambda group: group.reduce_scatter(torch.ones(2), torch.ones(4)),
+    "barrier": lambda group: group.barrier(),
+}
+groups = {name: world.group(name, [0, 1]) for name in operations}
+whole, own = torch.arange(4.0) + rank, torch.zeros(2)
+groups["reduce_scatter"].reduce_scatter(own, whole)
+assert own.tolist() == [[1.0, 3.0], [5.0, 7.0]][rank]
+whole = torch.zeros(4)
+groups["gather_into"].gather_into(whole, own)
+assert whole.tolist() == [1.0, 3.0, 5.0, 7.0]
+world.everybody.barrier()
+if rank == 1:
+    time.sleep(1.0)
+    os.kill(os.getpid(), signal.SIGKILL if end == "killed" else signal.SIGSTOP)
+if end == "frozen":
+    threading.Timer(2.0, world.cut).start()
+freed_s, started = {}, time.perf_counter()
+
+def run(name):
+    try:
+        with failures_as_lost_peers(name):
+            operations[name](groups[name])
+    except PeerLostError:
+        freed_s[name] = time.perf_counter() - started
+
+threads = [threading.Thread(target=run, args=(name,), daemon=True) for name in operations]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join(20)
+print(json.dumps([sorted(operations), freed_s]), flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("end", ["killed", "frozen"])
+def test_every_operation_ends_with_the_peers_connection_or_with_the_view(end: str) -> None:
+    """The first without a cut: who waits is who tells the others of it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-c", ENDING]
+    processes = [
+        subprocess.Popen([*command, str(rank), str(port), end], stdout=subprocess.PIPE, text=True) for rank in (0, 1)
+    ]
+    try:
+        said, _ = processes[0].communicate(timeout=60)
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    operations, freed_s = json.loads(said)
+    assert sorted(freed_s) == operations, "each was freed"
+    earliest = 0.5 if end == "killed" else 1.9
+    assert all(earliest < seconds < earliest + 5 for seconds in freed_s.values()), freed_s

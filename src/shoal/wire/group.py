@@ -92,11 +92,16 @@ class Group:
         """Collect every member's `own` in `gathered`, one after the other in their order."""
         self._finish(self._of(own)._allgather_base(gathered, own), own)
 
-    def reduce_scatter(self, own: Tensor, whole: Tensor, op: dist.ReduceOp) -> None:
-        """Reduce every member's `whole`, of which member i gets the i-th part as `own`."""
-        options = dist.ReduceScatterOptions()
-        options.reduceOp = op
-        self._finish(self._of(whole)._reduce_scatter_base(own, whole, options), whole)
+    def reduce_scatter(self, own: Tensor, whole: Tensor) -> None:
+        """Sum every member's `whole`, of which member i gets the i-th part as `own`; `whole` may be overwritten.
+
+        Gloo's own is an all-reduce inside, and one whose wait knows no end.
+        """
+        if whole.device.type == "cpu":
+            self.all_reduce(whole)
+            own.copy_(whole.view(self.size, *own.shape)[self.index])
+        else:
+            self._of(whole)._reduce_scatter_base(own, whole).wait()
 
     def all_to_all(self, received: Tensor, sent: Tensor) -> None:
         """Row i of `sent` goes to member i (NCCL)."""
@@ -166,14 +171,18 @@ class Group:
         return self._backends[tensor.device.type]
 
 
-def _is_over_in(work: Any, time: timedelta) -> bool:
+def _is_over_in(work: Any, at_most: timedelta) -> bool:
     """Whether a collective comes to its end within a time, which does no harm to it. Raises what went wrong in it."""
+    began = time.monotonic()
     try:
-        work.wait(time)
+        work.wait(at_most)
     except RuntimeError:
-        if not work.is_completed():
+        if work.is_completed():
+            work.wait()
+        elif time.monotonic() - began < at_most.total_seconds() / 2:
+            raise  # not for want of time
+        else:
             return False
-        work.wait()
     return True
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 
 from shoal.engine.layout.place import Place
 from shoal.wire.group import Group
@@ -46,23 +47,21 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], at: Place, *, bf16: boo
             module.set_force_sum_reduction_for_comms(enable=True)
             module.set_reduce_scatter_unused_params(True)
             if at.gathering is not None:
-                gather: Any = _Gather(at.gathering)
-                reduce_scatter: Any = _ReduceScatter(at.gathering)
-                module.set_custom_all_gather(gather)
-                module.set_custom_reduce_scatter(reduce_scatter)
+                module.set_custom_all_gather(_Gather(at.gathering))
+                module.set_custom_reduce_scatter(_ReduceScatter(at.gathering))
 
 
 class _InView:
-    """What FSDP2 asks of an operation of our own: `torch.distributed.fsdp`'s `Comm`."""
+    """Of FSDP2's operations what both have."""
 
     def __init__(self, group: Group) -> None:
         self._group = group
 
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
 
 
-class _Gather(_InView):
+class _Gather(_InView, AllGather):
     """Waits in a view's group, and so no longer than the view lasts."""
 
     def __call__(
@@ -71,18 +70,19 @@ class _Gather(_InView):
         self._group.gather_into(output_tensor, input_tensor)
 
 
-class _ReduceScatter(_InView):
-    """The same for gradients."""
+class _ReduceScatter(_InView, ReduceScatter):
+    """The same for gradients, which are only ever summed here."""
 
     def __call__(
         self,
         output_tensor: Tensor,
         input_tensor: Tensor,
         group: dist.ProcessGroup,
-        op: dist.ReduceOp,
+        op: Any,
         async_op: bool = False,
     ) -> None:
-        self._group.reduce_scatter(output_tensor, input_tensor, op)
+        assert op == dist.ReduceOp.SUM
+        self._group.reduce_scatter(output_tensor, input_tensor)
 
 
 def _parts(blocks: Iterable[nn.Module]) -> Iterator[nn.Module]:
