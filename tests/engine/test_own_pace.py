@@ -74,7 +74,8 @@ def test_every_sample_is_used_once_although_one_rank_is_slow(name: str, tmp_path
     seen = {path.name: json.loads(f"[{path.read_text()}0]")[:-1] for path in (tmp_path / "seen").iterdir()}
     everything = sorted(index for indices in seen.values() for index in indices)
     assert everything == sorted(list(range(50)) * 2), "two epochs of 50 samples"
-    assert len(seen.get("rank-1", [])) < min(len(seen["rank-0"]), len(seen["rank-2"])), "rank 1 sleeps in every step"
+    others = [len(seen.get(name, [])) for name in ("rank-0", "rank-2")]  # one may begin when little is left
+    assert len(seen.get("rank-1", [])) < max(others), "rank 1 sleeps in every step"
     assert final_state(run)["progress"]["samples"] == 100
     assert {event["reason"] for rank in range(3) for event in events_of(run, "run_finished", f"rank-{rank}")} == {
         "steps"
