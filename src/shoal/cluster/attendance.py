@@ -6,6 +6,7 @@ said again on each new connection as long as it holds, so that nothing is lost w
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections import deque
@@ -36,6 +37,10 @@ class Hello:
     seat: int | None = None
 
 
+def _nothing() -> None:
+    pass
+
+
 class Listener:
     """Whom an `Attendance` tells what it hears, at once and on its own thread: each method must be quick.
 
@@ -51,7 +56,7 @@ class Listener:
     def on_waiting(self, waiting: Waiting) -> None:
         """There is no view for us until what is waited for has come."""
 
-    def on_contact(self, seat: int, epoch: object, away_s: float) -> None:
+    def on_contact(self, seat: int, epoch: int, away_s: float) -> None:
         """The coordinator was found, or found again after `away_s` seconds."""
 
     def on_contact_lost(self, message: str) -> None:
@@ -261,14 +266,14 @@ class Attendance:
         return [d for d in self._said.values() if d.get("epoch", epoch) >= epoch - (d["kind"] == "broken")]
 
     def _take(self, document: Document) -> None:
-        """Follow what the coordinator says."""
-        view = None
+        """Follow what the coordinator says, and tell the listener of it once nothing is locked any more."""
+        tell: Callable[[], None] = _nothing
         with self._changed:
             away_s, self._heard_at = self.lost_contact_s, time.monotonic()
             match document:
-                case {"kind": "welcome", "seat": int(seat)}:
+                case {"kind": "welcome", "seat": int(seat), "epoch": int(epoch)}:
                     self._seat, self._connected, self.waiting = seat, True, None
-                    self._listener.on_contact(seat, document.get("epoch"), away_s)
+                    tell = functools.partial(self._listener.on_contact, seat, epoch, away_s)
                 case {"kind": "refused", "reason": str(reason)}:
                     self._refusal = CoordinatorError(f"the coordinator refused us: {reason}", refused=True)
                 case {
@@ -279,26 +284,20 @@ class Attendance:
                     "need": int(need),
                 }:
                     self.waiting = Waiting(what, reason, have, need)
+                    tell = functools.partial(self._listener.on_waiting, self.waiting)
                 case {"kind": "view", "view": plain}:
-                    view = self._newer(View.from_plain(plain))
+                    view = View.from_plain(plain)
+                    if self.latest is None or view.epoch > self.latest.epoch:
+                        self.latest, self.waiting = view, None
+                        tell = functools.partial(self._listener.on_view, view)
                 case {"kind": "stop"}:
-                    self._listener.on_stop()
+                    tell = self._listener.on_stop
                 case {"kind": "end", "reason": str(reason), "failed": bool(failed)}:
                     self._end = RunEnded(reason, failed=failed)
                 case _:
                     raise CoordinatorError(f"got {str(document)[:200]} from the coordinator: is it of this version?")
             self._changed.notify_all()
-            waiting = self.waiting if document["kind"] == "waiting" else None
-        if view is not None:
-            self._listener.on_view(view)
-        if waiting is not None:
-            self._listener.on_waiting(waiting)
-
-    def _newer(self, view: View) -> View | None:
-        if self.latest is not None and view.epoch <= self.latest.epoch:
-            return None
-        self.latest, self.waiting = view, None
-        return view
+        tell()
 
     def _refuse(self, error: CoordinatorError) -> None:
         with self._changed:

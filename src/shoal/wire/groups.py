@@ -152,6 +152,16 @@ class World:
         summed: list[float] = total.tolist()
         return summed
 
+    def tell(self, text: bytes | None, teller: int) -> bytes:
+        """Give all ranks the text of rank `teller`, on the main thread; None on the others. Collective."""
+        size = torch.tensor([len(text) if text is not None else 0])
+        self.everybody.broadcast(size, teller)
+        content = torch.empty(int(size), dtype=torch.uint8)
+        if text is not None:
+            content = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        self.everybody.broadcast(content, teller)
+        return content.numpy().tobytes()
+
     def damage_next(self) -> None:
         """Change a byte of the next message that this rank sends, as a bad cable would: for rehearsals."""
         self._damages.append(None)
@@ -239,7 +249,7 @@ def failures_as_lost_peers(what: str) -> Iterator[None]:
 
 @contextmanager
 def lost_peers_named() -> Iterator[None]:
-    """For code that is not ours and talks to other ranks by itself, as a sharded model does in forward and backward.
+    """For code that is not ours and talks to other ranks, as a sharded model does in forward and backward.
 
     Raises:
         PeerLostError: an operation between ranks failed; whatever else is wrong is raised as it is.

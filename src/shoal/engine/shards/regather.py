@@ -17,7 +17,6 @@ from shoal.engine.checkpoint import tree
 from shoal.engine.shards.choice import Choice, Label
 from shoal.engine.shards.shard import Shard
 from shoal.engine.shards.streams import Memories, gather, swap
-from shoal.engine.views.handover import tell
 from shoal.wire.checksum import NUM_BYTES, check, checksum
 from shoal.wire.groups import World
 
@@ -49,7 +48,7 @@ def describe(world: World, choice: Choice, own: Mapping[int, Shard]) -> dict[str
         packed = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
         text = len(plain).to_bytes(8, "little") + plain + packed
         text += checksum(_bytes(text)).numpy().tobytes()
-    told = tell(world, text, choice.teller)
+    told = world.tell(text, choice.teller)
     content, end = told[:-NUM_BYTES], 8 + int.from_bytes(told[:8], "little")
     check(_bytes(content), _bytes(told[-NUM_BYTES:]), "what all shards have in common")
     common: dict[str, Any] = tree.decode(json.loads(content[8:end]), safetensors.torch.load(content[end:]))

@@ -29,7 +29,7 @@ from shoal.engine.exchange.alone import Alone
 from shoal.engine.own_pace import Round
 from shoal.engine.progress import Progress
 from shoal.engine.turnover import Turnover
-from shoal.engine.views.handover import Outcome, tell
+from shoal.engine.views.handover import Outcome
 from shoal.events import EventLog
 from shoal.job.job import Job
 from shoal.strategy.sync.gossip import GossipConfig, graph_of
@@ -120,7 +120,7 @@ def agree_on_round(world: World, outcome: Outcome, own: Round | None) -> Round |
         assert own is not None
         text = json.dumps(own.to_plain()).encode()
     with failures_as_lost_peers("going on with a round"):
-        told = Round.from_plain(json.loads(tell(world, text, teller)))
+        told = Round.from_plain(json.loads(world.tell(text, teller)))
     if world.rank in outcome.roles.takers:
         return told
     is_same = own is not None and standings[world.rank].step == standings[teller].step

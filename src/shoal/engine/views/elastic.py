@@ -45,7 +45,7 @@ from shoal.engine.views.connecting import Connecting
 from shoal.engine.views.course import Course, Crossing
 from shoal.engine.views.farewell import save_alone
 from shoal.engine.views.following import COORDINATOR, NEIGHBOURS, Following
-from shoal.engine.views.handover import Outcome, hand_over, tell
+from shoal.engine.views.handover import Outcome, hand_over
 from shoal.engine.views.newcomer import Newcomer
 from shoal.errors import PeerLostError, RendezvousError, RunEnded
 from shoal.job.job import Job
@@ -237,7 +237,7 @@ class _ElasticRank(AttendingRank):
             lost = set(before.view.members) - set(view.members) if before is not None and not view.planned else set()
             text = json.dumps({"experience": self._experience.to_plain(), "lost": len(lost)}).encode()
         with failures_as_lost_peers("telling what was learned"):
-            told = json.loads(tell(world, text, teller))
+            told = json.loads(world.tell(text, teller))
         self._experience = Experience(**told["experience"])
         return int(told["lost"])
 

@@ -208,7 +208,7 @@ class Following(Listener):
         """The launcher wants training to end."""
         self._start.stop_request.set()
 
-    def on_contact(self, seat: int, epoch: object, away_s: float) -> None:
+    def on_contact(self, seat: int, epoch: int, away_s: float) -> None:
         """Noted in the log."""
         self._log.write("coordinator_found", seat=seat, epoch=epoch, away_s=round(away_s, 3))
 

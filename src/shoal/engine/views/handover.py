@@ -107,7 +107,7 @@ def _transfer(world: World, parts: Parts, progress: Progress | None, part: Roles
         described = {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()}
         text = json.dumps({"progress": progress.to_plain(), "state": document, "tensors": described}).encode()
     assert part.teller is not None
-    message = json.loads(tell(world, text, part.teller))
+    message = json.loads(world.tell(text, part.teller))
     reached = Progress.from_plain(message["progress"])
     if progress is not None:
         reached = dataclasses.replace(reached, seconds=max(reached.seconds, progress.seconds))
@@ -132,14 +132,3 @@ def _state(parts: Parts) -> dict[str, Any]:
         "optimizer": named_state(parts.optimizer, parts.replica),
         "schedule": parts.schedule.state_dict() if parts.schedule else None,
     }
-
-
-def tell(world: World, text: bytes | None, teller: int) -> bytes:
-    """Give all ranks the text of rank `teller`; None on the others. Collective."""
-    size = torch.tensor([len(text) if text is not None else 0])
-    world.everybody.broadcast(size, teller)
-    content = torch.empty(int(size), dtype=torch.uint8)
-    if text is not None:
-        content = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    world.everybody.broadcast(content, teller)
-    return content.numpy().tobytes()

@@ -24,7 +24,7 @@ from shoal.engine.exchange.in_name import InName
 from shoal.engine.exchange.server_access import server_client
 from shoal.engine.progress import Progress
 from shoal.engine.views.course import Course, Crossing
-from shoal.engine.views.handover import Outcome, tell
+from shoal.engine.views.handover import Outcome
 from shoal.events import EventLog
 from shoal.job.sparse_table import sparse_tables
 from shoal.strategy.sync.parameter_server import ParameterServerConfig
@@ -76,7 +76,7 @@ class StandingIn(Crossing):
         is_teller = self.world.rank == outcome.roles.teller
         text = json.dumps(self._clocks(seat)).encode() if is_teller else None
         with failures_as_lost_peers("asking what the servers have"):
-            told = json.loads(tell(self.world, text, outcome.roles.teller))
+            told = json.loads(self.world.tell(text, outcome.roles.teller))
         clocks = {int(s): clock for s, clock in told.items()}
         for steps in owed(self.course, clocks, keeping, last) if self.course is not None else []:
             if steps.seat == seat and seat in keeping:
