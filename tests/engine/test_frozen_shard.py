@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import socket
-import subprocess
-import sys
+from rank_pairs import run_pair
 
 RANK = """
 import contextlib, json, os, signal, socket, struct, sys, threading, time
@@ -68,19 +65,6 @@ os._exit(0)
 
 
 def test_a_cut_frees_a_sharded_model_in_the_middle_of_a_message() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-c", RANK]
-    processes = [
-        subprocess.Popen([*command, str(rank), str(port)], stdout=subprocess.PIPE, text=True) for rank in (0, 1)
-    ]
-    try:
-        said, _ = processes[0].communicate(timeout=60)
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
-    freed_s, closed_s, told = json.loads(said)
+    freed_s, closed_s, told = run_pair(RANK)
     assert 2.0 <= freed_s < 10.0, told
     assert closed_s < 10.0

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from rank_pairs import run_pair
+
 WORLD_SIZE = 3
 WORKER = """
 import json, os, signal, sys, threading, time
@@ -192,20 +194,7 @@ os._exit(0)
 @pytest.mark.parametrize("kind", ["collective", "arriving", "leaving"])
 def test_a_cut_frees_who_has_got_a_part_of_a_message(kind: str) -> None:
     """Gloo alone would wait for the rest of it for half an hour, and so would whoever closes the group."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-c", MIDWAY]
-    processes = [
-        subprocess.Popen([*command, str(rank), str(port), kind], stdout=subprocess.PIPE, text=True) for rank in (0, 1)
-    ]
-    try:
-        said, _ = processes[0].communicate(timeout=60)
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
-    freed_s, closed_s, told = json.loads(said)
+    freed_s, closed_s, told = run_pair(MIDWAY, kind)
     assert 1.0 <= freed_s < 8.0, told
     assert closed_s < 8.0
 
@@ -266,20 +255,7 @@ os._exit(0)
 @pytest.mark.parametrize("end", ["killed", "frozen"])
 def test_every_operation_ends_with_the_peers_connection_or_with_the_view(end: str) -> None:
     """The first without a cut: who waits is who tells the others of it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-c", ENDING]
-    processes = [
-        subprocess.Popen([*command, str(rank), str(port), end], stdout=subprocess.PIPE, text=True) for rank in (0, 1)
-    ]
-    try:
-        said, _ = processes[0].communicate(timeout=60)
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
-    operations, freed_s = json.loads(said)
+    operations, freed_s = run_pair(ENDING, end)
     assert sorted(freed_s) == operations, "each was freed"
     earliest = 0.5 if end == "killed" else 1.9
     assert all(earliest < seconds < earliest + 5 for seconds in freed_s.values()), freed_s

@@ -8,7 +8,6 @@ disk.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import time
@@ -22,7 +21,7 @@ from shoal.engine.assemble import assemble, divide_as_planned
 from shoal.engine.build import Connected, Parts
 from shoal.engine.checkpoint.session import CheckpointSession
 from shoal.engine.garbage import spare_what_lasts
-from shoal.engine.loop import TURN, Loop
+from shoal.engine.loop import Loop
 from shoal.engine.progress import Progress
 from shoal.engine.restoring import restore
 from shoal.engine.shards.choice import Choice, Label, choose, furthest, heirs, keepers, missing
@@ -31,13 +30,12 @@ from shoal.engine.shards.gate import Gate
 from shoal.engine.shards.held import Holdings, Live
 from shoal.engine.shards.regather import compare, describe, move
 from shoal.engine.shards.shard import Shard, Source
-from shoal.engine.start import Start, target_of_run
-from shoal.engine.telling import Context, announce, conclude, explain_layout
+from shoal.engine.start import Start
+from shoal.engine.telling import Context, explain_layout
 from shoal.engine.views.attending import AttendingRank
 from shoal.engine.views.connecting import Connecting
-from shoal.engine.views.following import NEIGHBOURS, Following
-from shoal.errors import CheckpointError, PeerLostError
-from shoal.strategy.topology import Topology
+from shoal.engine.views.following import Following
+from shoal.errors import CheckpointError
 from shoal.wire.blocks import return_large_blocks
 from shoal.wire.groups import failures_as_lost_peers, lost_peers_named
 
@@ -59,17 +57,11 @@ class ShardedRank(AttendingRank):
 
     def __init__(self, start: Start, node: str, env: Mapping[str, str]) -> None:
         """Say hello. No model is built before the first view says how it is divided."""
-        super().__init__(start)
+        super().__init__(start, node, env)
         return_large_blocks()
-        self._target = target_of_run(start.run)
-        here = Topology(0, (node,))
-        self._device = build.choose_device(self._plan.compute, here)
-        build.set_threads(self._plan.compute, Topology(0, here.nodes * int(env.get(NEIGHBOURS, "1"))))
-        job = self._target.load()
-        self._job = dataclasses.replace(job, data=self._once(job.data))
+        self._job = dataclasses.replace(self._job, data=self._once(self._job.data))
         self._held = Holdings()
         self._dice: dict[str, Any] | None = None
-        self._has_begun = False
         self._step = 0
         spare_what_lasts()
         self.views = Following(start, self._plan, self._target, self._device, node, env, self._way_out)
@@ -102,13 +94,7 @@ class ShardedRank(AttendingRank):
             loop = self._loop(connecting.view, connected, entry, checkpoints)
         self.views.attendance.entered(connecting.view.epoch)
         self._tell_of(connecting.view, connected, entry, (began, connected_at, agreed_at))
-        context = Context(
-            self._start.run, connected.plan, self._target, connected.world, connected.topology, self._device,
-            self._log, self._start.seat,
-        )  # fmt: skip
-        if not self._has_begun:
-            self._has_begun, self._started = True, time.perf_counter()
-            announce(context, loop)
+        context = self._announced(loop, connected)
         if connected.topology.rank == 0:
             explain_layout(context, entry.parts)
         return functools.partial(self._follow, loop, entry.live, connected, context)
@@ -128,29 +114,21 @@ class ShardedRank(AttendingRank):
         )  # fmt: skip
 
     def _follow(self, loop: Loop, live: Live, connected: Connected, context: Context) -> bool:
-        try:
-            with lost_peers_named():
-                reason = loop.run()
+        def turn() -> None:
             live.progress = loop.progress
-            if reason == TURN:
-                self._pass_on(live, connected)
-                return False
-            with contextlib.suppress(PeerLostError):  # all have what they need
-                context.world.sum([0.0])
-            self.views.leave_view()
-            self.views.attendance.finished(reason)
-            conclude(context, loop, self._job, reason, time.perf_counter() - self._started)
-            return True
-        except PeerLostError:
-            assert self._current is not None
-            self._current.cut()  # else a thread of ours may wait for somebody who waits for us
-            loop.drop_step()
-            raise
+            self._pass_on(live, connected)
+
+        try:
+            return self._to_the_end(loop, context, turn)
         finally:
             live.progress, self._step = loop.progress, loop.progress.step
             loop.leave_view()
             self._dice = random_state.capture(self._device)
             self.views.pool.release()
+
+    def _run(self, loop: Loop) -> str:
+        with lost_peers_named():
+            return loop.run()
 
     def _pass_on(self, live: Live, connected: Connected) -> None:
         """The shards of those who leave as planned go to some who stay, where these have no such shard. Collective."""

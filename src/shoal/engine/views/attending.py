@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
+from shoal.engine import build
 from shoal.engine.build import Connected
 from shoal.engine.checkpoint.archive import Archive
 from shoal.engine.checkpoint.session import CheckpointSession
 from shoal.engine.garbage import let_go
+from shoal.engine.loop import TURN, Loop
 from shoal.engine.patience import Endless, Patience, Watch, end_this_process
-from shoal.engine.start import Start
+from shoal.engine.start import Start, target_of_run
+from shoal.engine.telling import Context, announce, conclude
 from shoal.engine.turnover import Turnover
 from shoal.engine.views.connecting import Connecting
-from shoal.engine.views.following import Following
+from shoal.engine.views.following import NEIGHBOURS, Following
 from shoal.errors import PeerLostError
+from shoal.job.job import Job
 from shoal.plan import Plan, load_plan
+from shoal.strategy.topology import Topology
 
 
 class AttendingRank(ABC):
@@ -29,9 +36,15 @@ class AttendingRank(ABC):
 
     views: Following
 
-    def __init__(self, start: Start) -> None:
+    def __init__(self, start: Start, node: str, env: Mapping[str, str]) -> None:
         self._start, self._log = start, start.log
         self._plan: Plan = load_plan(start.run.plan)
+        self._target = target_of_run(start.run)
+        self._job: Job = self._target.load()
+        here = Topology(0, (node,))
+        self._device = build.choose_device(self._plan.compute, here)
+        build.set_threads(self._plan.compute, Topology(0, here.nodes * int(env.get(NEIGHBOURS, "1"))))
+        self._started: float | None = None
         self._current: Connecting | None = None
         self._checkpoints: CheckpointSession | None = None
         self._way_out = self._watch(if_idle=True)
@@ -92,6 +105,44 @@ class AttendingRank(ABC):
                 # Not earlier: nobody is there any more who waits for what this rank sent last. And beside training.
                 threading.Thread(target=let_go, args=(before.close,), daemon=True, name="shoal-closing").start()
         return follow()
+
+    def _announced(self, loop: Loop, connected: Connected) -> Context:
+        """What tells of training in one view; it has told of its beginning, if this is the first."""
+        context = Context(
+            self._start.run, connected.plan, self._target, connected.world, connected.topology, self._device,
+            self._log, self._start.seat,
+        )  # fmt: skip
+        if self._started is None:
+            self._started = time.perf_counter()
+            announce(context, loop)
+        return context
+
+    def _to_the_end(self, loop: Loop, context: Context, turn: Callable[[], None]) -> bool:
+        """Train in one view; return whether training has ended. `turn` is called before all turn to a planned view.
+
+        Raises:
+            PeerLostError: a member was lost; the step at hand is dropped.
+        """
+        assert self._started is not None
+        try:
+            reason = self._run(loop)
+            if reason == TURN:
+                turn()
+                return False
+            with contextlib.suppress(PeerLostError):  # all have what they need
+                context.world.sum([0.0])
+            self.views.leave_view()
+            self.views.attendance.finished(reason)
+            conclude(context, loop, self._job, reason, time.perf_counter() - self._started)
+            return True
+        except PeerLostError:
+            assert self._current is not None
+            self._current.cut()  # else a thread of ours may wait for somebody who waits for us
+            loop.drop_step()
+            raise
+
+    def _run(self, loop: Loop) -> str:
+        return loop.run()
 
     def _checkpoints_in(self, connected: Connected) -> CheckpointSession:
         config = self._plan.checkpoint

@@ -11,7 +11,6 @@ view: connections, buckets of gradients, the loop. Where several ranks hold one 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -32,19 +31,19 @@ from shoal.engine.exchange import UNEQUAL
 from shoal.engine.exchange.gradients import GradientExchange
 from shoal.engine.experience import Experience
 from shoal.engine.garbage import spare_what_lasts
-from shoal.engine.loop import TURN, Loop
+from shoal.engine.loop import Loop
 from shoal.engine.progress import Progress
 from shoal.engine.replicas import make_equal
 from shoal.engine.restoring import restore
 from shoal.engine.shards.rank import ShardedRank
-from shoal.engine.start import Start, target_of_run
-from shoal.engine.telling import Context, announce, conclude
+from shoal.engine.start import Start
+from shoal.engine.telling import Context
 from shoal.engine.views.apart import Carried, among, go_on_apart, settle_apart
 from shoal.engine.views.attending import AttendingRank
 from shoal.engine.views.connecting import Connecting
 from shoal.engine.views.course import Course, Crossing
 from shoal.engine.views.farewell import save_alone
-from shoal.engine.views.following import COORDINATOR, NEIGHBOURS, Following
+from shoal.engine.views.following import COORDINATOR, Following
 from shoal.engine.views.handover import Outcome, hand_over
 from shoal.engine.views.newcomer import Newcomer
 from shoal.errors import PeerLostError, RendezvousError, RunEnded
@@ -113,13 +112,9 @@ class _ElasticRank(AttendingRank):
 
     def __init__(self, start: Start, env: Mapping[str, str]) -> None:
         """Make the job's parts, and say hello."""
-        super().__init__(start)
-        keep_large_blocks()
-        self._target = target_of_run(start.run)
-        self._job = self._target.load()
         here = Topology(0, (node_from(env),))
-        self._device = build.choose_device(self._plan.compute, here)
-        build.set_threads(self._plan.compute, Topology(0, here.nodes * int(env.get(NEIGHBOURS, "1"))))
+        super().__init__(start, here.nodes[0], env)
+        keep_large_blocks()
         self._parts = _parts(self._job, self._plan, here, self._device, start.seat)
         self._progress: Progress | None = None
         self._course: Course | None = None
@@ -127,7 +122,6 @@ class _ElasticRank(AttendingRank):
         self._fills_servers = False
         self._apart = self._plan.sync.kind in UNEQUAL
         self._experience = Experience()
-        self._has_begun = False
         self._node = here.nodes[0]
         self._patience = self._watch()
         spare_what_lasts()
@@ -136,7 +130,7 @@ class _ElasticRank(AttendingRank):
     def _stop_waiting(self) -> None:
         """Asked to stop while too few are left: nobody else may hold what this rank holds."""
         step = self._progress.step if self._progress else 0
-        if self._progress is None or not self._has_begun or self._plan.sync.kind != "allreduce":
+        if self._progress is None or self._started is None or self._plan.sync.kind != "allreduce":
             self._warn_of_stopping(step)
         else:
             save_alone(
@@ -191,41 +185,23 @@ class _ElasticRank(AttendingRank):
         )  # fmt: skip
         self.views.attendance.entered(view.epoch)
         self._tell_of(view, connected, outcome, began, connected_at, agreed_at)
-        context = Context(
-            self._start.run, connected.plan, self._target, connected.world, connected.topology, self._device,
-            self._log, self._start.seat,
-        )  # fmt: skip
-        if not self._has_begun:
-            self._has_begun = True
-            self._started = time.perf_counter()
-            announce(context, loop)
+        context = self._announced(loop, connected)
         return functools.partial(self._follow, loop, context, outcome)
 
     def _follow(self, loop: Loop, context: Context, outcome: Outcome) -> bool:
         outcome.begin()
         try:
-            reason = loop.run()
-            if reason == TURN:
-                assert self._course is not None
-                self._course = dataclasses.replace(self._course, settled=True)
-                return False
-            with contextlib.suppress(PeerLostError):  # all have what they need
-                context.world.sum([0.0])
-            self.views.leave_view()
-            self.views.attendance.finished(reason)
-            conclude(context, loop, self._job, reason, time.perf_counter() - self._started)
-            return True
-        except PeerLostError:
-            if self._current is not None:
-                self._current.cut()  # else a thread of ours may wait for somebody who waits for us
-            loop.drop_step()
-            raise
+            return self._to_the_end(loop, context, self._settle)
         finally:
             self._progress = loop.progress if loop.has_state else None
             self._carried.midway = loop.midway
             self._experience = loop.experience
             loop.leave_view()
             self.views.pool.release()
+
+    def _settle(self) -> None:
+        assert self._course is not None
+        self._course = dataclasses.replace(self._course, settled=True)
 
     def _share_experience(self, connected: Connected, outcome: Outcome, before: Connecting | None, view: View) -> int:
         """All go on with what one of those has learned who were there; return how many members were lost."""
