@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -118,3 +119,46 @@ def test_what_the_disk_refuses_for_a_while_is_written_later(tmp_path: Path, monk
     room[0] = 0
     with EventLog(tmp_path / "impatient.jsonl", "rank-0") as log, pytest.raises(MachineError, match="No space left"):
         log.write("step", step=0)
+
+
+@pytest.mark.parametrize("jump_s", [-3600.0, 3600.0])
+def test_a_clock_that_jumps_is_named_and_moves_no_event(
+    jump_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = time.time
+    with EventLog(tmp_path / "a.jsonl", "a") as log:
+        log.write("step", step=1)
+        monkeypatch.setattr(time, "time", lambda: real() + jump_s)
+        log.write("step", step=2)
+        log.write("step", step=3)
+    first, warning, *others = read_events(tmp_path)
+    assert (first["step"], [event["step"] for event in others]) == (1, [2, 3])
+    assert warning["message"] == f"the clock of a jumped by {jump_s:+,.0f} s; its events go on as if it had not"
+    assert 0 <= others[-1]["t"] - first["t"] < 60
+
+
+def test_a_clock_that_is_set_a_little_is_followed_but_never_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = time.time
+    with EventLog(tmp_path / "a.jsonl", "a") as log:
+        for step, ahead_s in enumerate([0.0, 2.0, 4.0, 1.0]):
+            monkeypatch.setattr(time, "time", lambda ahead_s=ahead_s: real() + ahead_s)
+            log.write("step", step=step)
+    events = read_events(tmp_path)
+    assert [event["step"] for event in events] == [0, 1, 2, 3]
+    assert 3.9 < events[-1]["t"] - events[0]["t"] < 60
+
+
+def test_a_log_that_is_opened_again_after_its_clock_went_back_goes_on_behind_its_last_event(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = time.time
+    for attempt, ahead_s in enumerate([7200.0, 0.0]):
+        monkeypatch.setattr(time, "time", lambda ahead_s=ahead_s: real() + ahead_s)
+        with EventLog(tmp_path / "a.jsonl", "a") as log:
+            log.write("step", step=attempt)
+    before, warning, after = read_events(tmp_path)
+    assert (before["step"], after["step"]) == (0, 1)
+    assert "jumped by -7,200 s" in warning["message"]
+    assert after["t"] >= before["t"]

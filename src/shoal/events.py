@@ -1,8 +1,8 @@
 """The event log: the one truth about a run, which every display reads.
 
 Each process appends JSON lines to a file of its own (`events/rank-0.jsonl`, `events/launcher.jsonl`), so no lock is
-needed and `kill -9` loses at most a line that was being written. Every event has `t` (Unix seconds), `source`
-(`rank-0`, `launcher`) and `kind`:
+needed and `kill -9` loses at most a line that was being written. Every event has `t` (Unix seconds, which never go back
+in one file), `source` (`rank-0`, `launcher`) and `kind`:
 
 | kind | written by | fields beside `t`, `source`, `kind` |
 |---|---|---|
@@ -77,6 +77,9 @@ from shoal.errors import MachineError
 
 Event = dict[str, Any]
 _MOST_WAITING_BYTES = 16 << 20
+_JUMP_S = 5.0
+"""A clock that is set by more than this between two events jumps; one that is set by less is followed."""
+_TAIL_BYTES = 1 << 16
 
 
 class EventLog:
@@ -94,6 +97,7 @@ class EventLog:
         self._waiting = b""
         self._lock = threading.Lock()
         _end_torn_line(path)
+        self._time = _Time(_last_time(path))
         self._descriptor: int | None = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
 
     def write(self, kind: str, /, **fields: Any) -> None:
@@ -102,10 +106,13 @@ class EventLog:
         Raises:
             MachineError: the disk refused, for longer than it is waited for.
         """
-        event = {"t": round(time.time(), 6), "source": self.source, "kind": kind}
-        event |= {name: _plain(value) for name, value in fields.items()}
+        told = {name: _plain(value) for name, value in fields.items()}
         with self._lock:
-            self._waiting += json.dumps(event, separators=(",", ":")).encode() + b"\n"
+            t, jump_s = self._time.now()
+            if jump_s:
+                message = f"the clock of {self.source} jumped by {jump_s:+,.0f} s; its events go on as if it had not"
+                self._append(t, "warning", {"message": message})
+            self._append(t, kind, told)
             self._flush()
 
     def close(self) -> None:
@@ -124,6 +131,10 @@ class EventLog:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _append(self, t: float, kind: str, fields: dict[str, Any]) -> None:
+        event = {"t": round(t, 6), "source": self.source, "kind": kind} | fields
+        self._waiting += json.dumps(event, separators=(",", ":")).encode() + b"\n"
+
     def _flush(self) -> None:
         assert self._descriptor is not None, "the log is closed"
         try:
@@ -136,6 +147,33 @@ class EventLog:
             if refused_s >= self._patience_s or len(self._waiting) > _MOST_WAITING_BYTES:
                 reason = error.strerror or error
                 raise MachineError(f"cannot write the event log {self.path}: {reason}") from None
+
+
+class _Time:
+    """The time of one log's events: the system's, but it never goes back, and does not jump when that is set anew."""
+
+    def __init__(self, not_before: float) -> None:
+        self._wall, self._steady = time.time(), _steady()
+        self._latest = not_before
+        self._ahead = max(0.0, not_before - self._wall)
+        self._untold_s = -self._ahead if self._ahead > _JUMP_S else 0.0
+
+    def now(self) -> tuple[float, float]:
+        """Unix seconds, and by how many the system's clock has jumped since the last call; 0: it has not."""
+        wall, steady = time.time(), _steady()
+        moved_s = (wall - self._wall) - (steady - self._steady)
+        self._wall, self._steady = wall, steady
+        jump_s, self._untold_s = self._untold_s, 0.0
+        if abs(moved_s) > _JUMP_S:
+            self._ahead -= moved_s
+            jump_s += moved_s
+        self._latest = max(self._latest, wall + self._ahead)
+        return self._latest, jump_s
+
+
+def _steady() -> float:
+    """Seconds that nobody can set; those in which the machine sleeps count, where the system tells them."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
 class EventReader:
@@ -181,6 +219,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _last_time(path: Path) -> float:
+    """Of the newest event in a file; 0 if there is none."""
+    if not path.exists():
+        return 0.0
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+        return max((float(event["t"]) for event in _parse(file.read())), default=0.0)
 
 
 def _end_torn_line(path: Path) -> None:

@@ -19,7 +19,7 @@ from allreduce_runs import (
     committed,
     plan,
 )
-from elastic_runs import events, faults
+from elastic_runs import LEASE_S, events, faults
 from replicas import TARGET
 
 from command_line import Ended, train, training
@@ -197,6 +197,39 @@ def test_ctrl_c_saves_and_ends_an_elastic_run(tmp_path: Path) -> None:
     assert final_state(run)["progress"]["step"] == steps
     assert {event["reason"] for event in events(run, "run_finished")} == {"interrupted"}
     assert_nothing_runs(run)
+
+
+JUMPING_CLOCKS = """
+import os, sys, time
+
+def clock(real=time.time):
+    return real() + (jump_s if os.path.exists(os.environ["JUMP"]) else 0.0)
+
+if os.environ.get("RANK") == "1":
+    jump_s, time.time = -3600.0, clock
+elif "shoal.cluster.coordinator" in sys.orig_argv:
+    jump_s, time.time = 7200.0, clock
+"""
+
+
+def test_clocks_that_jump_cost_nothing_and_are_named(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(JUMPING_CLOCKS)
+    jump = tmp_path / "jump"
+    env = {"PYTHONPATH": str(tmp_path), "JUMP": str(jump)}
+    given = [*plan(tmp_path), "--nodes", "2", "--set", "nap_s=0.01"]
+    with training(TARGET, tmp_path / "run", *given, env=env) as handle:
+        handle.wait_for_step(10)
+        jump.touch()
+        handle.wait_for(lambda e: e["kind"] == "warning" and "the clock of rank-1 jumped by -3,600 s" in e["message"])
+        time.sleep(2 * LEASE_S)  # whom the coordinator took for silent would be lost now
+        before = max(committed(handle.run))
+        handle.wait_for_step(before + 10)
+        handle.interrupt()
+        ended = handle.wait()
+    assert ended.code == 0, ended.stderr
+    run = Run(tmp_path / "run")
+    assert {event["epoch"] for event in events(run, "view")} == {1}
+    assert_as_plain_pytorch(run, max(committed(run)))
 
 
 def test_ctrl_c_while_too_few_are_left_saves_the_last_committed_step(tmp_path: Path) -> None:
